@@ -19,13 +19,14 @@ NAME_PREFIX = "build-"
 
 _SCHEMES = ("https", "http", "ssh", "file")
 _DEFAULT_PORTS = {"https": 443, "http": 80, "ssh": 22}
-_HOST = re.compile(r"(?=.{1,253}\Z)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*\.?")
+_LABEL = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
+_HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*\.?")
 _IPV6 = re.compile(r"\[[0-9a-f:.]{2,45}\]")
 _SCP = re.compile(r"(?P<user>[A-Za-z0-9_.][A-Za-z0-9_.-]*)@(?P<host>[A-Za-z0-9.-]+):(?P<path>[^/].*)")
 _REPO_PATH = re.compile(r"[A-Za-z0-9._~/%+@,=-]+")
 _REPO_LIMIT = 1024
 
-_REGISTRY = re.compile(r"(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", re.IGNORECASE)
+_REGISTRY = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-f:.]+\])(?::[0-9]{{1,5}})?")
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -46,9 +47,25 @@ def is_digest(text: str) -> bool:
 
 def printable(text: str, limit: int = 200) -> str:
     """Return the text for an error message: control characters escaped, passwords in URLs hidden."""
-    hidden = re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
+    # Up to the last "@" of the word: a password may hold "@" and "/" itself.
+    hidden = re.sub(r"(?<=://)\S*@", "***@", text)
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in hidden)
     return shown if len(shown) <= limit else f"{shown[:limit]}…"
+
+
+def _address(text: str) -> str:
+    """Return an address for an error message, as `printable` does, but sure to hold no password.
+
+    The address may be malformed in any way, so all that may be a login or a token is hidden.
+    """
+    login, at, rest = text.rpartition("@")
+    scheme, slashes, _ = login.partition("://")
+    if slashes:
+        rest = f"{scheme}://***@{rest}"
+    elif at:
+        rest = f"***@{rest}" if ":" in login else text
+    address, mark, _ = rest.partition("?")
+    return printable(f"{address}?***" if mark else address)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +96,7 @@ def parse_repository(text: str) -> Repository:
     Raises `InvalidRequest` for anything else, for control characters, and for a URL that carries a
     user name or password (``ssh`` may name its user).
     """
-    shown = printable(text)
+    shown = _address(text)
     if not text or len(text) > _REPO_LIMIT:
         raise InvalidRequest(
             f"The repository's address has {len(text)} characters.",
@@ -94,7 +111,10 @@ def parse_repository(text: str) -> Repository:
         raise InvalidRequest(f"The repository's address '{shown}' starts with '-'.", "Give a URL.")
     if "://" not in text and (match := _SCP.fullmatch(text)):
         text = f"ssh://{match['user']}@{match['host']}/{match['path']}"
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:  # brackets that hold no IPv6 address
+        raise InvalidRequest(f"'{shown}' does not name a host.", "Check the URL.") from None
     scheme = parts.scheme.lower()
     if scheme not in _SCHEMES or "://" not in text:
         raise InvalidRequest(
@@ -224,7 +244,7 @@ def parse_image(text: str) -> ImageName:
     The registry must be written out (it holds a dot or a port, or is ``localhost``). Raises
     `InvalidRequest` for a malformed name, and for a digest, which nobody can choose.
     """
-    shown = printable(text)
+    shown = printable(text) if "@sha256:" in text else _address(text)
     if "@" in text:
         raise InvalidRequest(f"The image '{shown}' names a digest.", "Name a tag: a digest comes out of a build.")
     registry, slash, rest = text.partition("/")
@@ -234,7 +254,7 @@ def parse_image(text: str) -> ImageName:
             "Write registry/name[:tag], for example registry.example.org/team/app:1.",
         )
     repository, colon, tag = rest.partition(":")
-    if not _REGISTRY.fullmatch(registry) or not _REPOSITORY.fullmatch(repository):
+    if not registry.isascii() or not _REGISTRY.fullmatch(registry.lower()) or not _REPOSITORY.fullmatch(repository):
         raise InvalidRequest(
             f"The image '{shown}' is malformed.",
             "A name has lower-case letters, digits and single separators: registry/team/app:tag.",
@@ -263,6 +283,8 @@ def derive_image(registry: str, repository: Repository) -> ImageName:
             "Pass `image`, or set `registry` in the host block.",
         )
     parts = [slug(part, separators="._-") for part in repository.short_name.split("/")]
+    if not any(parts):
+        raise InvalidRequest(f"The path of {repository} gives no image name.", "Pass `image`.")
     return parse_image("/".join([registry.rstrip("/"), *(p for p in parts if p)]))
 
 

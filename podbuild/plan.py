@@ -28,7 +28,8 @@ from podbuild.names import (
 )
 from podbuild.settings import HostSettings
 
-_QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
+# Never 0, which engines take for "no limit".
+_QUANTITY = r"^(0*[1-9][0-9]*(\.[0-9]+)?|0+\.0*[1-9][0-9]*)(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 _BUILD_ARG = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: Build arguments, appendix and identity travel as annotations, which Kubernetes limits to 256 KiB in all.
 PUBLIC_LIMIT_BYTES = 200 * 1024
@@ -129,7 +130,7 @@ def parse_options(values: dict[str, Any]) -> BuildOptions:
         return BuildOptions.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = printable(".".join(str(part) for part in first["loc"]))
         raise InvalidRequest(f"`options.{where}`: {first['msg']}.", "See the parameter table in the README.") from error
 
 
@@ -231,13 +232,17 @@ def _check_options(options: BuildOptions) -> None:
                 f"`options.build_args` has the name {printable(name)!r}.",
                 "A name has letters, digits and _, and does not start with a digit.",
             )
-        if "\x00" in value:
-            raise InvalidRequest(f"The build argument {name} holds a NUL character.", "Remove it.")
+        _check_text(value, f"The build argument {name}")
     for text, what in ((options.appendix, "appendix"), *((a, "extra_args") for a in options.extra_args)):
-        if "\x00" in text:
-            raise InvalidRequest(f"`options.{what}` holds a NUL character.", "Remove it.")
+        _check_text(text, f"`options.{what}`")
     if options.builder == "repo2docker" and (options.dockerfile or options.target):
         raise InvalidRequest(
             "`options.dockerfile` and `options.target` do not go with the builder repo2docker.",
             "Leave them empty, or choose the builder dockerfile.",
         )
+
+
+def _check_text(text: str, what: str) -> None:
+    """Refuse what JSON can carry, but no program's arguments can."""
+    if "\x00" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise InvalidRequest(f"{what} holds a NUL character or half a surrogate pair.", "Remove it.")

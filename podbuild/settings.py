@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 
+def _plain(path: str) -> str:
+    """Return a repository's path without what spellings differ in."""
+    return path.strip("/").removesuffix(".git").rstrip("/")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GitCredentials:
     """Who we are for one git server, or for one path on it.
@@ -28,8 +33,8 @@ class GitCredentials:
 
     def covers(self, host: str, path: str) -> bool:
         """Return whether these credentials are meant for this host and repository path."""
-        wanted = self.path.strip("/")
-        offered = path.strip("/")
+        wanted = _plain(self.path)
+        offered = _plain(path)
         return self.host.lower() == host.lower() and (
             not wanted or offered == wanted or offered.startswith(wanted + "/")
         )
@@ -75,9 +80,9 @@ class HostSettings:
 
     def allows(self, host: str, path: str) -> bool:
         """Return whether a repository may be built here. ``*`` in a pattern matches ``/`` too."""
-        name = f"{host}/{path.strip('/')}".lower()
+        name = f"{host}/{_plain(path)}".lower()
         return not self.allowed_repositories or any(
-            fnmatchcase(name, pattern.lower()) for pattern in self.allowed_repositories
+            fnmatchcase(name, _plain(pattern).lower()) for pattern in self.allowed_repositories
         )
 
     def secrets(self) -> tuple[str, ...]:
