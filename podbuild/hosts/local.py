@@ -553,14 +553,20 @@ def _limits(limits: Mapping[str, str]) -> list[str]:
     """Return the engine's spelling of a container's limits. The engines have none for disk."""
     cores = min(quantity(limits["cpu"]), os.cpu_count() or 1)
     memory = int(quantity(limits["memory"]))
-    arguments = [f"--cpus={cores:g}", f"--memory={memory}", f"--memory-swap={memory}"]
-    if not _may_raise_limits():
-        # Without CAP_SYS_RESOURCE the engine's own defaults lie above what this process may hand on.
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        # The engine itself runs with at most pid_max processes, so nothing it starts may have more.
-        processes = min(resource.getrlimit(resource.RLIMIT_NPROC)[1], int(Path("/proc/sys/kernel/pid_max").read_text()))
-        arguments += [f"--ulimit=nofile={files}:{files}", f"--ulimit=nproc={processes}:{processes}"]
-    return arguments
+    return [f"--cpus={cores:g}", f"--memory={memory}", f"--memory-swap={memory}", *limits_here()]
+
+
+def limits_here() -> list[str]:
+    """Return what every container needs on a machine whose root may not raise limits; else nothing.
+
+    Without CAP_SYS_RESOURCE the engine's own defaults lie above what this process may hand on.
+    """
+    if _may_raise_limits():
+        return []
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    # The engine itself runs with at most pid_max processes, so nothing it starts may have more.
+    processes = min(resource.getrlimit(resource.RLIMIT_NPROC)[1], int(Path("/proc/sys/kernel/pid_max").read_text()))
+    return [f"--ulimit=nofile={files}:{files}", f"--ulimit=nproc={processes}:{processes}"]
 
 
 def _may_raise_limits() -> bool:
