@@ -279,7 +279,7 @@ def logs(draw: st.DrawFn) -> list[Entry]:
     return log
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     log=logs(),
     cuts=st.lists(st.integers(0, 2000), max_size=8),

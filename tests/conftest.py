@@ -1,0 +1,7 @@
+"""What all tests share."""
+
+from hypothesis import settings
+
+# A shared machine may stall for longer than hypothesis' 200 ms; pytest-timeout catches what hangs.
+settings.register_profile("podbuild", deadline=None)
+settings.load_profile("podbuild")
