@@ -1,0 +1,1 @@
+"""What `make` runs: set up this machine, make the images, show the demo."""
