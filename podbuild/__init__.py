@@ -42,6 +42,7 @@ from podbuild.names import ImageName, Repository, parse_image, parse_repository
 from podbuild.plan import BuildOptions, Plan, parse_options, plan_build
 from podbuild.registry import find_image
 from podbuild.settings import GitCredentials, HostSettings, LocalSettings, RegistryCredentials
+from podbuild.source import Resolved, resolve_commit
 
 __all__ = [
     "AccessDenied",
@@ -78,6 +79,7 @@ __all__ = [
     "RegistryCredentials",
     "RegistryUnavailable",
     "Repository",
+    "Resolved",
     "Result",
     "Running",
     "SourceUnavailable",
@@ -88,5 +90,6 @@ __all__ = [
     "parse_options",
     "parse_repository",
     "plan_build",
+    "resolve_commit",
     "submit",
 ]

@@ -132,10 +132,11 @@ def parse_repository(text: str) -> Repository:
             "Give the plain URL; a branch, tag or commit goes into `ref`.",
         )
     path = parts.path.strip("/") if scheme != "file" else parts.path.rstrip("/")
-    if not path or not _REPO_PATH.fullmatch(path):
+    # An "@" may end a login whose password holds a "/": https://user:8443/rest-of-password@host/path.
+    if not path or not _REPO_PATH.fullmatch(path) or ("@" in path and scheme != "file"):
         raise InvalidRequest(
             f"The path of '{shown}' is empty or has characters that podbuild refuses.",
-            "Percent-encode everything but letters, digits and ._~/+@,=-.",
+            "Percent-encode everything but letters, digits and ._~/+,=-.",
         )
     plain = unquote(path)
     if not plain.isprintable() or any(p == ".." or p.startswith("-") for p in plain.split("/")):

@@ -33,7 +33,7 @@ HASH = "0123456789abcdef" * 4
 hosts = st.from_regex(
     r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,20}[a-zA-Z0-9])?(\.[a-z]{2,10}){0,3}(:[1-9][0-9]{0,3})?", fullmatch=True
 )
-paths = st.lists(st.from_regex(r"[A-Za-z0-9._~%+@,=][A-Za-z0-9._~+@,=-]{0,80}", fullmatch=True), min_size=1, max_size=5)
+paths = st.lists(st.from_regex(r"[A-Za-z0-9._~%+,=][A-Za-z0-9._~+,=-]{0,80}", fullmatch=True), min_size=1, max_size=5)
 urls = st.builds(
     lambda scheme, host, path, end: f"{scheme}://{host}/{'/'.join(path)}{end}",
     st.sampled_from(["https", "http", "ssh", "HTTPS"]),
@@ -66,7 +66,9 @@ def repository_or_none(url: str) -> Repository | None:
         pytest.param(
             "https://[2001:DB8::1]:8443/a", "https://[2001:db8::1]:8443/a", "[2001:db8::1]:8443", "a", id="v6"
         ),
-        pytest.param("https://h/%C3%BC/~u/a+b@c", "https://h/%C3%BC/~u/a+b@c", "h", "%C3%BC/~u/a+b@c", id="odd path"),
+        pytest.param(
+            "https://h/%C3%BC/~u/a+b%40c", "https://h/%C3%BC/~u/a+b%40c", "h", "%C3%BC/~u/a+b%40c", id="odd path"
+        ),
     ],
 )
 def test_a_git_url_is_taken_apart(text: str, url: str, host: str, path: str) -> None:
@@ -123,6 +125,8 @@ def test_a_git_url_is_taken_apart(text: str, url: str, host: str, path: str) -> 
         pytest.param("https://@h/a", id="S4: empty user"),
         pytest.param("ssh://git:secret-word@h/a", id="S4: password for ssh"),
         pytest.param("https://user:secret-word/x@h/a", id="S4: password with a slash"),
+        pytest.param("https://user:8443/secret-word@h/a", id="S4: password that begins like a port"),
+        pytest.param("https://user/secret-word@h/a", id="S4: token with a slash"),
         pytest.param("https://user:x@secret-word@h/a", id="S4: password with an at sign"),
         pytest.param("https://user:x#secret-word@h/a", id="S4: password with a hash"),
         pytest.param("https://user:x?secret-word@h/a", id="S4: password with a question mark"),

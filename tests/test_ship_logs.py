@@ -61,7 +61,7 @@ async def test_a_quiet_builds_line_is_shown_within_about_a_second(
     async with run_log(adapter) as log:
         log.add(Line(START, "build", "only one"))
         async with asyncio.timeout(30):
-            while not handler.records:
+            while not handler.records:  # noqa: ASYNC110 - a logging handler has no event to await
                 await asyncio.sleep(0.05)
 
     assert [r.getMessage() for r in handler.records] == ["only one"]
