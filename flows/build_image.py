@@ -94,7 +94,10 @@ async def find_image(where: podbuild.LocalHost, plan: Plan) -> Result | None:
     """Look whether the registry holds exactly this image already."""
     logger = get_run_logger()
     found = await podbuild.find_built(plan, where.settings, note=logger.info)
-    logger.info("The registry holds this image: %s" if found else "Nothing to reuse: %s", found or plan.image)
+    if found is not None:
+        logger.info("The registry holds it already: %s", found.reference)
+    else:
+        logger.info("The registry does not hold it yet")
     return found
 
 

@@ -42,6 +42,8 @@ _IDS = 65536
 _COMMAND_SECONDS = 60
 _PULL_SECONDS = 900
 _CLEANUP_SECONDS = 30
+_REMOVE_TRIES = 10
+_REMOVE_PAUSE_SECONDS = 0.3
 _LOG_CHUNK_BYTES = 65536
 _LOG_POLL_SECONDS = 0.1
 _CAP_SYS_RESOURCE = 24
@@ -198,8 +200,8 @@ class LocalHost:
                 raise NameExists(name)
         except BaseException:
             with anyio.move_on_after(_CLEANUP_SECONDS, shield=True):
-                if created:
-                    await self._call("rm", "--force", "--volumes", *reversed(created))
+                for each in reversed(created):
+                    await self._remove_container(each)
                 await self._remove_folders(nonce)
             raise
         return pod
@@ -434,10 +436,18 @@ class LocalHost:
                 continue
             if "running" in self._state_of(pod, container):
                 await self._call("stop", f"--time={grace}", ids[container])
-            removed = await self._call("rm", "--force", "--volumes", ids[container])
-            if removed.code != 0 and not _MISSING.search(removed.error):
-                raise self._unavailable(removed)
+            await self._remove_container(ids[container])
         await self._remove_folders(pod["metadata"]["labels"].get(LABEL_NONCE, ""))
+
+    async def _remove_container(self, target: str) -> None:
+        """Remove one container by its id, again where podman says `busy`: its own clean-up still unmounts then."""
+        for tries_left in reversed(range(_REMOVE_TRIES)):
+            removed = await self._call("rm", "--force", "--volumes", target)
+            if removed.code == 0 or _MISSING.search(removed.error):
+                return
+            if not tries_left or "busy" not in removed.error:
+                raise self._unavailable(removed)
+            await asyncio.sleep(_REMOVE_PAUSE_SECONDS)
 
     async def release(self, pod: Pod) -> None:
         nonce = pod["metadata"]["labels"].get(LABEL_NONCE, "")
