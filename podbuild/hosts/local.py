@@ -47,6 +47,13 @@ _REMOVE_PAUSE_SECONDS = 0.3
 _LOG_CHUNK_BYTES = 65536
 _LOG_POLL_SECONDS = 0.1
 _CAP_SYS_RESOURCE = 24
+#: Older ones were never tried; Debian 12 and Ubuntu 24.04 bring newer ones.
+_OLDEST_PODMAN = (4, 3)
+#: What `info` is asked: the version, and whether container root is kept apart from host root already.
+_QUESTIONS = {
+    "podman": "{{.Version.Version}} {{.Host.Security.Rootless}}",
+    "docker": "{{.ServerVersion}} {{json .SecurityOptions}}",
+}
 _CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 _MISSING = re.compile(r"no such (container|object)|no container with (name|ID)|does not exist", re.IGNORECASE)
 _NAME_IN_USE = re.compile(r"name .* is (already )?in use", re.IGNORECASE)
@@ -88,21 +95,26 @@ async def detect_engine(wanted: str = "auto") -> Engine:
             seen.append(f"{candidate} is not installed")
             continue
         kind = "docker" if "docker" in Path(program).name else "podman"
-        question = [
-            "info",
-            "--format",
-            "{{json .SecurityOptions}}" if kind == "docker" else "{{.Host.Security.Rootless}}",
-        ]
-        answer = await _run([program, *question], seconds=30)
-        said = answer.out.strip()
-        if answer.code == 0 and said not in ("", "null"):
-            remapped = said == "true" if kind == "podman" else "name=userns" in said or "name=rootless" in said
+        answer = await _run([program, "info", "--format", _QUESTIONS[kind]], seconds=30)
+        version, _, security = answer.out.strip().partition(" ")
+        if answer.code != 0 or not security or security == "null":
+            seen.append(f"{candidate} is installed, but its engine does not answer")
+        elif kind == "podman" and _version(version) < _OLDEST_PODMAN:
+            oldest = ".".join(map(str, _OLDEST_PODMAN))
+            seen.append(f"{candidate} {version} is too old, {oldest} or newer is needed")
+        else:
+            remapped = security == "true" if kind == "podman" else "name=userns" in security or "rootless" in security
             return Engine(program=program, kind=kind, remapped=remapped)
-        seen.append(f"{candidate} is installed, but its engine does not answer")
     raise HostUnavailable(
         f"No container engine runs here: {', '.join(seen)}.",
-        "Install one, for example with `apt-get install podman`, or choose a build-cluster block as host.",
+        "Install one, for example with `apt-get install podman`.",
     )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version; (0, 0) for what is none."""
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +248,7 @@ class LocalHost:
     def _refused(self, answer: _Answer) -> PodRejected:
         return PodRejected(
             f"{self.engine.kind} refuses the pod: {_last_line(answer.error)}",
-            "Check the engine with `make check-engine`.",
+            f"Check that it can run containers: `{self.engine.kind} run --rm {self.settings.builder_image} true`.",
         )
 
     def _arguments(self, nonce: str, manifest: Manifest, container: dict[str, Any]) -> list[str]:
