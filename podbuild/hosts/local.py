@@ -124,11 +124,10 @@ class _Answer:
     error: str
 
 
-async def _run(command: Sequence[str], *, seconds: float = _COMMAND_SECONDS) -> _Answer:
+async def _run(command: Sequence[str], *, seconds: float = _COMMAND_SECONDS, folder: Path | None = None) -> _Answer:
     """Run a program to its end. It is killed when the time is over, and when the caller is cancelled."""
-    process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
+    pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(*command, stdin=nothing, stdout=pipe, stderr=pipe, cwd=folder)
     try:
         async with asyncio.timeout(seconds):
             out, error = await process.communicate()
@@ -202,7 +201,8 @@ class LocalHost:
             for container in manifest["spec"]["containers"]:
                 made = await self._create_container(nonce, manifest, container)
                 created.append(made)
-            started = await self._call("start", *created)
+            # conmon leaves a file named `oom` where it was started when it meets one: it goes with the pod.
+            started = await self._call("start", *created, folder=self._folder(nonce))
             if started.code != 0:
                 if _MISSING.search(started.error):
                     raise NameExists(name)
@@ -497,8 +497,8 @@ class LocalHost:
         states = (s["state"] for s in pod["status"]["containerStatuses"] if s["name"] == container)
         return next(states, {})
 
-    async def _call(self, *arguments: str, seconds: float = _COMMAND_SECONDS) -> _Answer:
-        return await _run([self.engine.program, *arguments], seconds=seconds)
+    async def _call(self, *arguments: str, seconds: float = _COMMAND_SECONDS, folder: Path | None = None) -> _Answer:
+        return await _run([self.engine.program, *arguments], seconds=seconds, folder=folder)
 
 
 async def _nothing() -> AsyncIterator[bytes]:
