@@ -66,7 +66,7 @@ async def build_image(
             build = await submit_pod(where, plan, asked)
             await stream_logs(build)
             result = await check_completion(build)
-    await publish(result)
+    await publish(result, plain_http=plan.image.registry in where.settings.plain_http_registries)
     return result.as_dict()
 
 
@@ -137,10 +137,11 @@ async def check_completion(build: Build) -> Result:
     return result
 
 
-async def publish(result: Result) -> None:
+async def publish(result: Result, *, plain_http: bool) -> None:
     """Leave the answer where people and other flows find it: two artifacts and an event."""
     data = result.as_dict()
-    await acreate_markdown_artifact(key="image", markdown=describe(result), description=result.reference)
+    page = describe(result, plain_http=plain_http)
+    await acreate_markdown_artifact(key="image", markdown=page, description=result.reference)
     row = {**data, "seconds": sum(result.seconds.values())}
     await acreate_table_artifact(key="image-result", table=[row], description="The answer, for other flows")
     emit_event(
@@ -150,16 +151,16 @@ async def publish(result: Result) -> None:
     )
 
 
-def describe(result: Result) -> str:
+def describe(result: Result, *, plain_http: bool) -> str:
     """Return the page about an image: what it is, and how to run it."""
+    insecure = " --tls-verify=false" if plain_http else ""
     phases = "".join(f"| {phase} | {seconds:.1f} |\n" for phase, seconds in result.seconds.items())
     timing = f"\n| phase | seconds |\n|---|---|\n{phases}" if phases else ""
     return (
         f"# {result.image}\n\n"
-        f"| | |\n|---|---|\n"
+        f"| {result.outcome} | |\n|---|---|\n"
         f"| digest | `{result.digest}` |\n"
         f"| commit | `{result.commit}` |\n"
-        f"| outcome | {result.outcome} |\n"
         f"| pod | `{result.build}` |\n\n"
-        f"Run it:\n\n```sh\npodman run --rm {result.reference}\n```\n{timing}"
+        f"Run it:\n\n```sh\npodman run --rm{insecure} \\\n  {result.reference}\n```\n{timing}"
     )
