@@ -4,8 +4,9 @@ Blocks turn themselves into plain `podbuild` settings and do nothing else. Regis
 ``prefect block register --module blocks``.
 """
 
+from blocks.build_cluster import BuildCluster
 from blocks.credentials import GitCredentials, RegistryCredentials
 from blocks.host import load_host
 from blocks.local_engine import LocalEngine
 
-__all__ = ["GitCredentials", "LocalEngine", "RegistryCredentials", "load_host"]
+__all__ = ["BuildCluster", "GitCredentials", "LocalEngine", "RegistryCredentials", "load_host"]

@@ -15,7 +15,7 @@ from pydantic import Field
 import podbuild
 from blocks import load_host
 from flows.ship_logs import run_log
-from podbuild import Build, BuildOptions, Finished, Gap, Line, Pending, Plan, Repository, Result
+from podbuild import Build, BuildOptions, Finished, Gap, Host, Line, Pending, Plan, Repository, Result
 
 #: What the API and the form check before a run is stored: a password in a URL is refused, and not kept. All else is
 #: left to the flow, whose errors say what to change.
@@ -71,7 +71,7 @@ async def build_image(
 
 
 @task(name="resolve-commit", cache_policy=NO_CACHE)
-async def resolve_commit(where: podbuild.LocalHost, repository: Repository, ref: str) -> str:
+async def resolve_commit(where: Host, repository: Repository, ref: str) -> str:
     """Ask the git server which commit the ref is."""
     credentials = where.settings.git_credentials_for(repository.host, repository.path)
     resolved = await podbuild.resolve_commit(repository, ref, credentials)
@@ -81,7 +81,7 @@ async def resolve_commit(where: podbuild.LocalHost, repository: Repository, ref:
 
 @task(name="derive-name", cache_policy=NO_CACHE)
 async def derive_name(
-    where: podbuild.LocalHost, repository: Repository, commit: str, image: str | None, options: BuildOptions
+    where: Host, repository: Repository, commit: str, image: str | None, options: BuildOptions
 ) -> Plan:
     """Work out the image's name and the pod's name from what was asked for."""
     plan = podbuild.plan_build(repository, commit, image or None, options, where.settings)
@@ -90,7 +90,7 @@ async def derive_name(
 
 
 @task(name="find-image", cache_policy=NO_CACHE)
-async def find_image(where: podbuild.LocalHost, plan: Plan) -> Result | None:
+async def find_image(where: Host, plan: Plan) -> Result | None:
     """Look whether the registry holds exactly this image already."""
     logger = get_run_logger()
     found = await podbuild.find_built(plan, where.settings, note=logger.info)
@@ -102,7 +102,7 @@ async def find_image(where: podbuild.LocalHost, plan: Plan) -> Result | None:
 
 
 @task(name="submit-pod", cache_policy=NO_CACHE)
-async def submit_pod(where: podbuild.LocalHost, plan: Plan, asked: datetime) -> Build:
+async def submit_pod(where: Host, plan: Plan, asked: datetime) -> Build:
     """Create the build's pod, or join the one that is there: its name is the lock."""
     logger = get_run_logger()
     build = await podbuild.submit(where, plan, asked=asked, note=logger.info)

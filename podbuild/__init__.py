@@ -37,11 +37,12 @@ from podbuild.errors import (
     Unschedulable,
 )
 from podbuild.events import Event, Finished, Gap, Line, Pending, Running
+from podbuild.hosts import Host
 from podbuild.hosts.local import LocalHost
 from podbuild.names import ImageName, Repository, parse_image, parse_repository
 from podbuild.plan import BuildOptions, Plan, parse_options, plan_build
 from podbuild.registry import find_image
-from podbuild.settings import GitCredentials, HostSettings, LocalSettings, RegistryCredentials
+from podbuild.settings import ClusterSettings, GitCredentials, HostSettings, LocalSettings, RegistryCredentials
 from podbuild.source import Resolved, resolve_commit
 
 __all__ = [
@@ -52,12 +53,14 @@ __all__ = [
     "BuildFailed",
     "BuildOptions",
     "BuildStopped",
+    "ClusterSettings",
     "DeadlineExceeded",
     "Event",
     "Evicted",
     "Finished",
     "Gap",
     "GitCredentials",
+    "Host",
     "HostSettings",
     "HostUnavailable",
     "ImageName",

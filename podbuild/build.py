@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ from podbuild.diagnosis import (
     is_gated,
     is_terminating,
     report_of,
+    waiting_reason,
+    why_never,
 )
 from podbuild.errors import (
     BuildError,
@@ -31,6 +34,7 @@ from podbuild.errors import (
     NameTaken,
     PodLost,
     PushUnconfirmed,
+    QuotaExceeded,
     RegistryUnavailable,
 )
 from podbuild.events import Event, Finished, Line, Pending, Running
@@ -123,13 +127,21 @@ async def submit(
     """
     asked = asked or await host.now()
     identity = canonical(plan.identity)
-    replaced = False
+    replaced, full = False, None
     try:
         async with asyncio.timeout(SUBMIT_SECONDS):
             while True:
                 pod = await host.read(plan.name)
                 if pod is None:
-                    if (made := await _create(host, plan)) is not None:
+                    try:
+                        made = await _create(host, plan)
+                    except QuotaExceeded as error:
+                        if str(error) != str(full):
+                            note(f"{error.problem} Waiting for room.")
+                        full = error
+                        await asyncio.sleep(_SLOW_POLL_SECONDS)
+                        continue
+                    if made is not None:
                         return Build(host, plan, made, "built")
                     continue
                 if identity_of(pod) != identity:
@@ -151,6 +163,8 @@ async def submit(
                     await _replace(host, pod, note)
                     replaced = True
     except TimeoutError as late:
+        if full is not None:
+            raise full from late
         raise DeadlineExceeded(
             f"The pod {plan.name} could not be submitted within {SUBMIT_SECONDS} s.",
             "Look at what keeps the earlier pod of this name from going away.",
@@ -159,7 +173,9 @@ async def submit(
 
 async def _create(host: Host, plan: Plan) -> Pod | None:
     """Create the pod; None if somebody else was faster."""
-    manifest = pod_manifest(plan, host.settings, isolation=host.isolation, secret_name=f"{plan.name}-secret")
+    manifest = pod_manifest(
+        plan, host.settings, isolation=host.isolation, secret_name=f"{plan.name}-{secrets.token_hex(8)}"
+    )
     try:
         return await host.create(manifest, secret_files(host.settings, plan))
     except NameExists:
@@ -330,13 +346,18 @@ class Build:
         """Yield why the pod waits, once per reason, until its first container starts or it is over."""
         said = ""
         while True:
-            states = [container_state(self._pod, name) for name in CONTAINERS]
-            if is_finished(self._pod) or any("running" in s or "terminated" in s for s in states):
+            reason = waiting_reason(self._pod)
+            if is_finished(self._pod) or not reason:
                 return
-            reason = next((s["waiting"].get("reason", "") for s in states if "waiting" in s), "") or "Pending"
             if reason != said:
                 said = reason
                 yield Pending(reason)
+            created = parse_moment(self._pod["metadata"]["creationTimestamp"])
+            if error := why_never(self._pod, (await self.host.now() - created).total_seconds()):
+                # It never started, so nobody loses anything but the same wait.
+                await self.host.delete(self._pod)
+                self._finished = Finished(error)
+                return
             if asyncio.get_running_loop().time() > end:
                 raise self._overdue()
             await asyncio.sleep(_POLL_SECONDS)

@@ -10,11 +10,35 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from podbuild.errors import BuildError, BuildFailed, OutOfMemory, PodLost, by_name
+from podbuild.errors import (
+    BuildError,
+    BuildFailed,
+    ImagePullFailed,
+    OutOfMemory,
+    PodLost,
+    PodRejected,
+    Unschedulable,
+    by_name,
+)
+from podbuild.manifest import GATE
 from podbuild.names import printable
 
 _KILLED = 137
 _TERMINATED = 143
+#: An autoscaler needs minutes for a new node.
+_UNSCHEDULABLE_SECONDS = 900
+_IMAGE = "Correct `builder_image`, or its pull secrets, in the host block."
+_CONFIG = "Correct what the text names, in the host block or in the cluster."
+#: Waiting reason → the error, after how many seconds it is final, and what to change.
+_NEVER: dict[str, tuple[type[BuildError], int, str]] = {
+    "ErrImageNeverPull": (ImagePullFailed, 0, "Load the builder image onto the nodes, or let it be pulled."),
+    "InvalidImageName": (ImagePullFailed, 0, _IMAGE),
+    "ErrImagePull": (ImagePullFailed, 180, _IMAGE),
+    "ImagePullBackOff": (ImagePullFailed, 180, _IMAGE),
+    "CreateContainerConfigError": (PodRejected, 30, _CONFIG),
+    "CreateContainerError": (PodRejected, 30, _CONFIG),
+    "RunContainerError": (PodRejected, 30, _CONFIG),
+}
 
 
 def container_state(pod: Mapping[str, Any], container: str) -> dict[str, Any]:
@@ -27,8 +51,8 @@ def container_state(pod: Mapping[str, Any], container: str) -> dict[str, Any]:
 
 
 def is_gated(pod: Mapping[str, Any]) -> bool:
-    """Return whether the pod still waits for its creator to finish the preparations."""
-    return bool(pod.get("spec", {}).get("schedulingGates"))
+    """Return whether the pod still waits for its creator to finish the preparations. Others' gates are not ours."""
+    return any(gate.get("name") == GATE for gate in pod.get("spec", {}).get("schedulingGates") or ())
 
 
 def is_terminating(pod: Mapping[str, Any]) -> bool:
@@ -40,6 +64,45 @@ def is_finished(pod: Mapping[str, Any]) -> bool:
     """Return whether both containers have ended, or the pod has without them."""
     ended = all("terminated" in container_state(pod, name) for name in ("courier", "build"))
     return ended or pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
+
+
+def waiting_reason(pod: Mapping[str, Any]) -> str:
+    """Return why a pod has not started, in the cluster's own words; "" for a pod that has."""
+    for condition in pod.get("status", {}).get("conditions") or ():
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+            said = printable(str(condition.get("message") or ""), 500)
+            return f"{condition.get('reason') or 'not scheduled'}: {said}" if said else str(condition.get("reason"))
+    states = [container_state(pod, name) for name in ("courier", "build")]
+    if any("running" in state or "terminated" in state for state in states):
+        return ""
+    waiting: dict[str, Any] = next((state["waiting"] for state in states if "waiting" in state), {})
+    reason, said = str(waiting.get("reason") or "Pending"), printable(str(waiting.get("message") or ""), 500)
+    return f"{reason}: {said}" if said else reason
+
+
+def why_never(pod: Mapping[str, Any], waited_seconds: float) -> BuildError | None:
+    """Return the error of a pod that will not start any more, after it has waited for so long; None while it may.
+
+    Some reasons are final at once. Others heal by themselves (an image pull is tried again, a node
+    is added), and are final only after the time that `_NEVER` gives them.
+    """
+    for condition in pod.get("status", {}).get("conditions") or ():
+        if condition.get("type") == "PodScheduled" and condition.get("reason") == "Unschedulable":
+            if waited_seconds < _UNSCHEDULABLE_SECONDS:
+                return None
+            said = printable(str(condition.get("message") or ""), 500)
+            return Unschedulable(
+                f"No node took the pod within {_UNSCHEDULABLE_SECONDS // 60} min: {said}",
+                "Ask for less (`options.memory_request`), correct `options.node_selector`, or add a node.",
+            )
+    for name in ("courier", "build"):
+        waiting = container_state(pod, name).get("waiting") or {}
+        reason = str(waiting.get("reason") or "")
+        kind, seconds, remedy = _NEVER.get(reason, (None, 0, ""))
+        if kind is not None and waited_seconds >= seconds:
+            said = printable(str(waiting.get("message") or ""), 500)
+            return kind(f"The container {name} cannot start: {reason}: {said}", remedy)
+    return None
 
 
 def finished_at(pod: Mapping[str, Any]) -> str:

@@ -190,7 +190,7 @@ def _settings(plan: Plan, settings: HostSettings, isolation: Isolation, deadline
         "size_limit": int(quantity(plan.options.storage_limit)),
         "plain_http": list(settings.plain_http_registries),
         "mirrors": [list(m) for m in settings.mirrors],
-        "ca_bundle": bool(getattr(settings, "ca_bundle", "")),
+        "ca_bundle": settings.brings_certificates,
     }
 
 

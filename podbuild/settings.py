@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Literal
 
 
 def _plain(path: str) -> str:
@@ -69,6 +70,11 @@ class HostSettings:
     #: Glob patterns ``host/path`` of the repositories that may be built. Empty: all.
     allowed_repositories: tuple[str, ...] = ()
 
+    @property
+    def brings_certificates(self) -> bool:
+        """Whether containers get a CA bundle of this host's, which steps then get too."""
+        return False
+
     def git_credentials_for(self, host: str, path: str) -> GitCredentials | None:
         """Return the credentials with the longest matching path, or None."""
         fitting = [c for c in self.git_credentials if c.covers(host, path)]
@@ -106,3 +112,37 @@ class LocalSettings(HostSettings):
     ca_bundle: str = ""
     #: Where builds keep their files. "" means /var/lib/podbuild, or the user's data folder.
     state_folder: str = ""
+
+    @property
+    def brings_certificates(self) -> bool:
+        return bool(self.ca_bundle)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSettings(HostSettings):
+    """A namespace of a Kubernetes cluster."""
+
+    #: The namespace that build pods run in.
+    namespace: str = "podbuild"
+    #: A kubeconfig file, or "" for the usual places: the pod's own service account, else KUBECONFIG.
+    kubeconfig: str = ""
+    #: The kubeconfig's context, or "" for its current one.
+    context: str = ""
+    #: What the nodes can give the repository's steps. ``rootless`` needs user namespaces and procMount.
+    isolation: Literal["rootless", "chroot"] = "rootless"
+    #: A seccomp profile below the kubelet's seccomp folder; "" leaves the container runtime's default.
+    seccomp_profile: str = ""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    image_pull_secrets: tuple[str, ...] = ()
+    #: A ConfigMap with `ca-certificates.crt`, for clusters whose way out needs certificates of its own.
+    ca_config_map: str = ""
+    service_account: str = ""
+    priority_class: str = ""
+    runtime_class: str = ""
+    dns_policy: str = ""
+    node_selector: tuple[tuple[str, str], ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def brings_certificates(self) -> bool:
+        return bool(self.ca_config_map)

@@ -5,13 +5,13 @@ from prefect.blocks.core import Block
 from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import SecretStr
 
-from blocks import GitCredentials, LocalEngine, RegistryCredentials, load_host
+from blocks import BuildCluster, GitCredentials, LocalEngine, RegistryCredentials, load_host
 from podbuild import InvalidRequest, settings
 
 CANARY = "canary-8d1f"
 
 
-@pytest.mark.parametrize("block", [GitCredentials, LocalEngine, RegistryCredentials])
+@pytest.mark.parametrize("block", [BuildCluster, GitCredentials, LocalEngine, RegistryCredentials])
 class TestBlockStandards(BlockStandardTestSuite):
     """Prefect's own standards for blocks."""
 

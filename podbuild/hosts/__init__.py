@@ -7,6 +7,7 @@ which are plain dicts in Kubernetes' spelling, wherever they run.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -63,3 +64,7 @@ class Host(Protocol):
     async def release(self, pod: Pod) -> None:
         """Free what a finished pod no longer needs (its secrets and volumes). The pod and its log stay."""
         ...
+
+
+class OpenHost(Host, AbstractAsyncContextManager["OpenHost"], Protocol):
+    """A host that still has to be entered, and gives itself."""
