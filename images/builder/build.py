@@ -43,7 +43,7 @@ def main() -> None:
     started = time.time()
     pod = read_pod()
     keep_deadline(pod["deadline_seconds"], started)
-    lock = take_lock("build")
+    take_lock("build")
     try:
         check_isolation(pod["isolation"], Path("/proc/self/uid_map").read_text())
         await_source(await_start("courier"))
@@ -55,7 +55,6 @@ def main() -> None:
         finish(failure)
     result = {"builder": builder, "isolation": pod["isolation"], "seconds": round(time.time() - begun, 2)}
     announce("result.json", json.dumps(result))
-    os.close(lock)
     finish(result)
 
 
@@ -103,8 +102,11 @@ def build(pod: dict[str, Any], source: Path) -> str:
 
 def inside(source: Path, path: str, option: str) -> Path:
     """Return a path of the checkout. Raises if it is missing, or if a link leads out of the checkout."""
-    found = (source / path).resolve()
-    if not found.exists() or not found.is_relative_to(source.resolve()):
+    try:
+        found = (source / path).resolve(strict=True)
+    except (OSError, RuntimeError):  # missing, too long, or links in a circle
+        found = Path("/")
+    if not found.is_relative_to(source.resolve()):
         raise Failure(
             "InvalidRequest",
             f"The repository has no {path!r} at this commit.",
@@ -243,9 +245,7 @@ def run(command: list[str], environment: dict[str, str], builder: str) -> None:
     """Run a builder, its output into this container's log. Raises `Failure` with its exit code."""
     killed = out_of_memory_kills()
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, check=False)
-    if done.returncode == 0:
-        return
-    code = done.returncode if done.returncode > 0 else 128 - done.returncode
+    # Also where the step went on without the process that was killed: nobody knows what the image lacks.
     if out_of_memory_kills() > killed:
         raise Failure(
             "OutOfMemory",
@@ -254,6 +254,9 @@ def run(command: list[str], environment: dict[str, str], builder: str) -> None:
             exit_code=137,
             phase="build",
         )
+    if done.returncode == 0:
+        return
+    code = done.returncode if done.returncode > 0 else 128 - done.returncode
     stats = os.statvfs(STORAGE)
     if stats.f_bavail * stats.f_frsize < 16 * 1024 * 1024:
         raise Failure(

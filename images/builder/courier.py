@@ -38,6 +38,7 @@ from meeting import (
 
 SECRET = Path("/podbuild/secret")
 TAKEN = Path("/take/image")
+TEMPORARY = Path("/tmp")  # noqa: S108 - the container's own tmpfs
 SOURCE = WORK / "source"
 #: Manifests and configs are a few KB; anything near this is an attack or a mistake.
 DOCUMENT_LIMIT = 4 * 1024 * 1024
@@ -54,7 +55,7 @@ def main() -> None:
     started = time.time()
     pod = read_pod()
     keep_deadline(pod["deadline_seconds"], started)
-    lock = take_lock("courier")
+    take_lock("courier")
     seconds = {}
     try:
         fetch(pod)
@@ -62,7 +63,7 @@ def main() -> None:
         announce("source.ready")
         built = await_build(await_start("build"))
         begun = time.time()
-        seconds["build"] = float(built.get("seconds", 0))
+        seconds["build"] = number(built.get("seconds"))
         manifest = take_over(pod)
         digest = push(pod, manifest)
         seconds["push"] = time.time() - begun
@@ -70,7 +71,6 @@ def main() -> None:
         finish(failure)
     except OSError as error:
         finish(disk_failure(error))
-    os.close(lock)
     finish(
         {
             "commit": pod["commit"],
@@ -87,6 +87,11 @@ def disk_failure(error: OSError) -> Failure:
     if error.errno in (28, 122):  # ENOSPC, EDQUOT
         return Failure("OutOfDisk", "There is no disk space left.", "Free some, or raise `options.storage_limit`.")
     return Failure("PodLost", f"courier met an unexpected error: {error.strerror}.", "Run the build again.")
+
+
+def number(value: object) -> float:
+    """Return a number that `build` reported; 0 for anything that is none."""
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1e9 else 0.0
 
 
 # --- fetching ---------------------------------------------------------------------------------------------
@@ -130,7 +135,7 @@ def git_environment(pod: dict[str, Any]) -> dict[str, str]:
     allowed = "https:http:ssh" + (":file" if pod["url"].startswith("file:") else "")
     environment = {
         "PATH": os.environ["PATH"],
-        "HOME": "/tmp",  # noqa: S108 - the container's own tmpfs
+        "HOME": str(TEMPORARY),
         "LC_ALL": "C",
         "GIT_TERMINAL_PROMPT": "0",
         "GIT_ALLOW_PROTOCOL": allowed,
@@ -178,7 +183,8 @@ GIT_SAYS = (
     (r"not our ref|couldn't find remote ref|no such remote ref|does not allow request|unadvertised object"
      r"|reference is not a tree|unable to read tree|dumb http transport does not support", "RefNotFound",
      "The git server does not hand out this commit.", "Check that the commit exists, and is on a branch or a tag."),
-    (r"Authentication failed|could not read (Username|Password)|Permission denied|403|401|Host key verification",
+    (r"Authentication failed|could not read (Username|Password)|Permission denied|returned error: 40[13]"
+     r"|Host key verification",
      "AccessDenied", "The git server refused the credentials, or wants some.",
      "Store credentials for this server in a git-credentials block and name it in the host block."),
     (r"not found|does not appear to be a git repository|does not exist", "SourceUnavailable",
@@ -212,35 +218,44 @@ def last_line(text: str) -> str:
     return "".join(c for c in shown if c.isprintable())[:300]
 
 
-def git_credentials() -> list[dict[str, str]]:
+def git_credentials(secret: Path = SECRET) -> list[dict[str, str]]:
     """Return what the host gave for git servers: host, path, username, password, ssh_key, known_hosts."""
     try:
-        credentials: list[dict[str, str]] = json.loads((SECRET / "git.json").read_text())
+        credentials: list[dict[str, str]] = json.loads((secret / "git.json").read_text())
     except FileNotFoundError:
         return []
     return credentials
 
 
-def covering(host: str, path: str) -> dict[str, str] | None:
+def plain(path: str) -> str:
+    """Return a repository's path without what spellings differ in."""
+    return path.strip("/").removesuffix(".git").rstrip("/")
+
+
+def covering(credentials: list[dict[str, str]], host: str, path: str) -> dict[str, str] | None:
     """Return the credentials with the longest path that covers this repository, or None."""
-    path = path.strip("/")
+    offered = plain(path)
     fitting = [
         c
-        for c in git_credentials()
+        for c in credentials
         if c["host"].lower() == host.lower()
-        and (not c["path"] or path == c["path"] or path.startswith(c["path"] + "/"))
+        and (not plain(c["path"]) or f"{offered}/".startswith(plain(c["path"]) + "/"))
     ]
     return max(fitting, key=lambda c: len(c["path"]), default=None)
 
 
-def answer_git() -> None:
-    """Be git's credential helper: answer only for a host and path that credentials were stored for."""
-    asked = dict(line.split("=", 1) for line in sys.stdin.read().splitlines() if "=" in line)
-    if asked.get("protocol") not in ("https", "http"):
-        return
-    found = covering(asked.get("host", ""), asked.get("path", ""))
-    if found and found["password"]:
-        print(f"username={found['username'] or 'git'}\npassword={found['password']}")
+def answer_git(question: str, url: str, credentials: list[dict[str, str]]) -> str:
+    """Be git's credential helper: answer only for a host and path that credentials were stored for.
+
+    Over plain HTTP only if the repository's own ``url`` is: a submodule's address is not to be trusted with that.
+    """
+    asked = dict(line.split("=", 1) for line in question.splitlines() if "=" in line)
+    if asked.get("protocol") not in ("https", urlsplit(url).scheme) or asked["protocol"] not in ("https", "http"):
+        return ""
+    found = covering(credentials, asked.get("host", ""), asked.get("path", ""))
+    if not found or not found["password"]:
+        return ""
+    return f"username={found['username'] or 'git'}\npassword={found['password']}\n"
 
 
 def ssh_command(url: str) -> str:
@@ -248,15 +263,16 @@ def ssh_command(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme != "ssh":
         return ""
-    found = covering(parts.netloc.rpartition("@")[2], parts.path) or {"ssh_key": "", "known_hosts": ""}
+    host = parts.netloc.rpartition("@")[2]
+    found = covering(git_credentials(), host, parts.path) or {"ssh_key": "", "known_hosts": ""}
     options = ["-o BatchMode=yes", "-o ConnectTimeout=30"]
     if found["ssh_key"]:
-        key = Path("/tmp/ssh_key")  # noqa: S108 - the container's own tmpfs
+        key = TEMPORARY / "ssh_key"
         key.touch(0o600)
         key.write_text(found["ssh_key"].strip() + "\n")
         options += [f"-i {key}", "-o IdentitiesOnly=yes"]
     if found["known_hosts"]:
-        hosts = Path("/tmp/known_hosts")  # noqa: S108
+        hosts = TEMPORARY / "known_hosts"
         hosts.write_text(found["known_hosts"].strip() + "\n")
         options += [f"-o UserKnownHostsFile={hosts}", "-o StrictHostKeyChecking=yes"]
     else:
@@ -267,14 +283,17 @@ def ssh_command(url: str) -> str:
 # --- taking over ------------------------------------------------------------------------------------------
 
 
-def await_build(lock: int) -> dict[str, Any]:
-    """Wait for the end of `build` and return its result. Raises what it failed with."""
+def await_build(lock: int, work: Path = WORK) -> dict[str, Any]:
+    """Wait for the end of `build` and return its result. Raises `PartnerLost` if it left none, or an error."""
     await_death(lock)
+    folder = os.open(work, os.O_PATH | os.O_DIRECTORY)
     try:
-        result: dict[str, Any] = json.loads(read_document(os.open(WORK, os.O_PATH), ["result.json"]))
-    except (OSError, ValueError):
+        result = document(read_document(folder, ["result.json"]))
+    except (OSError, Failure):
         raise PartnerLost("The container build ended without a result.") from None
-    if not isinstance(result, dict) or "error" in result:
+    finally:
+        os.close(folder)
+    if "error" in result:
         raise PartnerLost("The build failed.")
     return result
 
@@ -316,15 +335,16 @@ def bad_image(what: str) -> Failure:
     )
 
 
-def take_over(pod: dict[str, Any]) -> bytes:
+def take_over(pod: dict[str, Any], work: Path = WORK, taken: Path = TAKEN) -> bytes:
     """Copy the finished image into a folder of our own, checking every byte; return its stamped manifest.
 
     Only what the index names is taken: one manifest, its config, its layers. Each is a regular
-    file, has the digest and the size it is named by, and brings no `urls` of its own.
+    file, has the digest and the size it is named by, and brings no `urls` of its own. The manifest
+    is written anew: whatever else was in it stays behind.
     """
-    blobs = TAKEN / "blobs" / "sha256"
+    blobs = taken / "blobs" / "sha256"
     blobs.mkdir(parents=True)
-    layout = os.open(WORK, os.O_PATH | os.O_DIRECTORY)
+    layout = os.open(work, os.O_PATH | os.O_DIRECTORY)
     try:
         index = document(read_document(layout, ["image", "index.json"]))
         manifests = index.get("manifests")
@@ -332,8 +352,11 @@ def take_over(pod: dict[str, Any]) -> bytes:
             raise bad_image("is not a single image")
         manifest = document(read_blob(layout, manifests[0], {_MANIFEST}))
         config = document(read_blob(layout, manifest.get("config"), {_CONFIG}))
+        layers = manifest.get("layers")
+        if not isinstance(layers, list):
+            raise bad_image("has no list of layers")
         room = int(pod["size_limit"])
-        for layer in manifest.get("layers", ()):
+        for layer in layers:
             room -= copy_blob(layout, layer, blobs, room)
     except OSError as error:
         if error.errno in (28, 122):
@@ -342,12 +365,17 @@ def take_over(pod: dict[str, Any]) -> bytes:
     finally:
         os.close(layout)
     stamp(config, pod)
-    manifest["config"] = write_blob(blobs, json.dumps(config).encode(), _CONFIG)
-    manifest.pop("annotations", None)
-    stamped = json.dumps(manifest).encode()
+    stamped = json.dumps(
+        {
+            "schemaVersion": 2,
+            "mediaType": _MANIFEST,
+            "config": write_blob(blobs, written(config), _CONFIG),
+            "layers": [{key: layer[key] for key in ("mediaType", "digest", "size")} for layer in layers],
+        }
+    ).encode()
     entry = write_blob(blobs, stamped, _MANIFEST)
-    (TAKEN / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
-    (TAKEN / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
+    (taken / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
+    (taken / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
     return stamped
 
 
@@ -362,13 +390,23 @@ def document(content: bytes) -> dict[str, Any]:
     return parsed
 
 
+def written(content: dict[str, Any]) -> bytes:
+    """Return a JSON object as bytes. NaN, which Python reads, is no JSON."""
+    try:
+        return json.dumps(content, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise bad_image("has a config that is not JSON") from None
+
+
 def checked(descriptor: Any) -> tuple[str, int]:
     """Return a descriptor's hex digest and size, if it is one that we accept."""
-    if not isinstance(descriptor, dict) or descriptor.get("urls") or "data" in descriptor:
+    if not isinstance(descriptor, dict):
+        raise bad_image("has a malformed descriptor")
+    if "urls" in descriptor or "data" in descriptor:
         raise bad_image("refers to content from elsewhere")
     match = _DIGEST.fullmatch(str(descriptor.get("digest")))
     size = descriptor.get("size")
-    if not match or not isinstance(size, int) or size < 0:
+    if not match or type(size) is not int or size < 0 or not isinstance(descriptor.get("mediaType"), str):
         raise bad_image("has a malformed descriptor")
     return match[1], size
 
@@ -376,7 +414,7 @@ def checked(descriptor: Any) -> tuple[str, int]:
 def read_blob(layout: int, descriptor: Any, types: set[str]) -> bytes:
     """Return a small blob whose digest, size and type are as its descriptor says."""
     name, size = checked(descriptor)
-    if descriptor.get("mediaType") not in types:
+    if descriptor["mediaType"] not in types:
         raise bad_image("has a manifest or config of a type that is not OCI's")
     content = read_document(layout, ["image", "blobs", "sha256", name])
     if len(content) != size or hashlib.sha256(content).hexdigest() != name:
@@ -387,13 +425,15 @@ def read_blob(layout: int, descriptor: Any, types: set[str]) -> bytes:
 def copy_blob(layout: int, descriptor: Any, blobs: Path, room: int) -> int:
     """Copy one layer and return its size. The copy is what was checked, whatever happens to the original."""
     name, size = checked(descriptor)
-    if not _LAYER.fullmatch(str(descriptor.get("mediaType"))):
+    if not _LAYER.fullmatch(descriptor["mediaType"]):
         raise bad_image("has a layer of a type that is not OCI's")
     if size > room:
         raise Failure(
             "OutOfDisk", "The image is larger than the build may write.", "Raise `options.storage_limit`.", phase="push"
         )
     if (blobs / name).exists():
+        if (blobs / name).stat().st_size != size:
+            raise bad_image("names a layer twice, with two sizes")
         return 0
     seen, count = hashlib.sha256(), 0
     original = open_inside(layout, ["image", "blobs", "sha256", name])
@@ -459,7 +499,7 @@ def push(pod: dict[str, Any], manifest: bytes) -> str:
     say(f"Pushing {image}")
     wanted = "sha256:" + hashlib.sha256(manifest).hexdigest()
     command = ["skopeo", "copy", "--quiet", "--retry-times=0", "--preserve-digests"]
-    command += ["--digestfile", "/tmp/digest"]  # noqa: S108 - the container's own tmpfs
+    command += ["--digestfile", str(TEMPORARY / "digest")]
     command += ["--dest-tls-verify=false"] if registry in pod["plain_http"] else []
     if (authfile := registry_login(registry)) is not None:
         command += ["--dest-authfile", str(authfile)]
@@ -475,7 +515,7 @@ def push(pod: dict[str, Any], manifest: bytes) -> str:
             raise failure
         say(f"The push did not go through; trying again in {wait} s.")
         time.sleep(wait)
-    pushed = Path("/tmp/digest").read_text().strip()  # noqa: S108
+    pushed = (TEMPORARY / "digest").read_text().strip()
     if pushed != wanted:
         raise Failure(
             "PushUnconfirmed",
@@ -496,6 +536,9 @@ def backoff() -> Iterator[int | None]:
 
 def push_failure(text: str, image: str, registry: str) -> tuple[Failure, bool]:
     """Return the typed failure for what skopeo printed, and whether another try can help."""
+    # The image's own name may hold any of the words that are looked for.
+    repository = image.rpartition(":")[0].partition("/")[2]
+    text = re.sub(rf"(?<=[/=\"']){re.escape(repository)}(?![\w-])", "", text)
     for pattern, error, problem, remedy, again in SKOPEO_SAYS:
         if re.search(pattern, text, re.IGNORECASE):
             return Failure(error, problem.format(image=image, registry=registry), remedy, phase="push"), again
@@ -504,16 +547,16 @@ def push_failure(text: str, image: str, registry: str) -> tuple[Failure, bool]:
     return Failure("RegistryUnavailable", problem, remedy, phase="push"), True
 
 
-def registry_login(registry: str) -> Path | None:
+def registry_login(registry: str, secret: Path = SECRET, temporary: Path = TEMPORARY) -> Path | None:
     """Write the login of this registry, and of no other, where skopeo reads it; None without one."""
     try:
-        logins: list[dict[str, str]] = json.loads((SECRET / "registry.json").read_text())
+        logins: list[dict[str, str]] = json.loads((secret / "registry.json").read_text())
     except FileNotFoundError:
         return None
     for login in logins:
         if login["host"].lower() == registry.lower():
             token = base64.b64encode(f"{login['username']}:{login['password']}".encode()).decode()
-            path = Path("/tmp/auth.json")  # noqa: S108 - the container's own tmpfs
+            path = temporary / "auth.json"
             path.touch(0o600)
             path.write_text(json.dumps({"auths": {registry: {"auth": token}}}))
             return path
@@ -523,6 +566,6 @@ def registry_login(registry: str) -> Path | None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["credential"]:
         if sys.argv[2:3] == ["get"]:
-            answer_git()
+            print(answer_git(sys.stdin.read(), read_pod()["url"], git_credentials()), end="")
     else:
         main()

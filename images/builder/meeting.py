@@ -41,10 +41,10 @@ class PartnerLost(Failure):
         super().__init__("PodLost", problem, "Run the build again.", consequence=True)
 
 
-def read_pod() -> dict[str, Any]:
+def read_pod(folder: Path = POD) -> dict[str, Any]:
     """Return what is to be built: the pod's identity and settings, public both, as the host laid them down."""
-    identity: dict[str, Any] = json.loads((POD / "identity").read_text())
-    settings: dict[str, Any] = json.loads((POD / "settings").read_text())
+    identity: dict[str, Any] = json.loads((folder / "identity").read_text())
+    settings: dict[str, Any] = json.loads((folder / "settings").read_text())
     return {**identity["request"], **settings, "image": identity["image"]}
 
 
@@ -53,29 +53,29 @@ def say(text: str) -> None:
     os.write(1, f"{text}\n".encode(errors="backslashreplace"))
 
 
-def take_lock(name: str) -> int:
-    """Lock this container's own file, announce it, and return the descriptor, which must stay open."""
-    lock = os.open(WORK / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def take_lock(name: str, work: Path = WORK) -> int:
+    """Lock this container's own file until the end of the process, announce it, and return the descriptor."""
+    lock = os.open(work / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    announce(f"{name}.started")
+    announce(f"{name}.started", work=work)
     return lock
 
 
-def announce(name: str, content: str = "") -> None:
+def announce(name: str, content: str = "", *, work: Path = WORK) -> None:
     """Put a file into the shared volume in one step: nobody ever sees half of it."""
-    unfinished = WORK / f".{name}.{os.getpid()}"
+    unfinished = work / f".{name}.{os.getpid()}"
     unfinished.write_text(content)
-    unfinished.rename(WORK / name)
+    unfinished.rename(work / name)
 
 
-def await_start(name: str) -> int:
+def await_start(name: str, work: Path = WORK, *, seconds: float = MEETING_SECONDS) -> int:
     """Wait for the other container and return a descriptor of its lock. Raises `PartnerLost` after 120 s."""
-    end = time.monotonic() + MEETING_SECONDS
-    while not (WORK / f"{name}.started").exists():
+    end = time.monotonic() + seconds
+    while not (work / f"{name}.started").exists():
         if time.monotonic() > end:
-            raise PartnerLost(f"The container {name} did not start within {MEETING_SECONDS} s.")
+            raise PartnerLost(f"The container {name} did not start within {seconds:g} s.")
         time.sleep(_POLL_SECONDS)
-    return os.open(WORK / f"{name}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    return os.open(work / f"{name}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
 
 
 def await_death(lock: int) -> None:
@@ -83,7 +83,7 @@ def await_death(lock: int) -> None:
     fcntl.flock(lock, fcntl.LOCK_SH)
 
 
-def keep_deadline(seconds: float, started: float) -> None:
+def keep_deadline(seconds: float, started: float, report_to: Path = TERMINATION_LOG) -> None:
     """Let a signal end this container when its time is over, and another when it is told to stop."""
 
     def late(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -93,11 +93,12 @@ def keep_deadline(seconds: float, started: float) -> None:
                 f"The build took longer than {seconds / 60:g} min.",
                 "Raise `options.timeout_minutes`, or make the build shorter.",
                 exit_code=124,
-            )
+            ),
+            report_to,
         )
 
     def stopped(_signal: int, _frame: FrameType | None) -> NoReturn:
-        finish(Failure("BuildStopped", "The build was told to stop.", "Run it again.", exit_code=143))
+        finish(Failure("BuildStopped", "The build was told to stop.", "Run it again.", exit_code=143), report_to)
 
     signal.signal(signal.SIGTERM, stopped)
     signal.signal(signal.SIGINT, stopped)
@@ -105,20 +106,20 @@ def keep_deadline(seconds: float, started: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, max(0.001, seconds - (time.time() - started)))
 
 
-def finish(outcome: Failure | dict[str, Any]) -> NoReturn:
+def finish(outcome: Failure | dict[str, Any], report_to: Path = TERMINATION_LOG) -> NoReturn:
     """Report in the termination message and end the container at once, with everything it still runs."""
     report = outcome.report if isinstance(outcome, Failure) else outcome
-    write_report(report)
+    write_report(report, report_to)
     if isinstance(outcome, Failure) and not outcome.report.get("consequence"):
         say(f"{report['error']}: {report['problem']} {report['remedy']}")
     os._exit(outcome.exit_code if isinstance(outcome, Failure) else 0)
 
 
-def write_report(report: dict[str, Any]) -> None:
+def write_report(report: dict[str, Any], path: Path = TERMINATION_LOG) -> None:
     """Write the termination message: JSON of at most 4,096 bytes, the texts cut where they must be."""
     for limit in (1500, 500, 100):
         cut = {k: v[:limit] if isinstance(v, str) else v for k, v in report.items()}
         encoded = json.dumps(cut).encode()
         if len(encoded) <= TERMINATION_LIMIT:
             break
-    TERMINATION_LOG.write_bytes(encoded)
+    path.write_bytes(encoded)
