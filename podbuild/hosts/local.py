@@ -15,6 +15,7 @@ import re
 import resource
 import secrets
 import shutil
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,6 +47,7 @@ _REMOVE_TRIES = 10
 _REMOVE_PAUSE_SECONDS = 0.3
 _LOG_CHUNK_BYTES = 65536
 _LOG_POLL_SECONDS = 0.1
+_DOCKER_PIECE_BYTES = 16384
 _CAP_SYS_RESOURCE = 24
 #: Older ones were never tried; Debian 12 and Ubuntu 24.04 bring newer ones.
 _OLDEST_PODMAN = (4, 3)
@@ -54,8 +56,11 @@ _QUESTIONS = {
     "podman": "{{.Version.Version}} {{.Host.Security.Rootless}}",
     "docker": "{{.ServerVersion}} {{json .SecurityOptions}}",
 }
+#: What stands before the text of a line; all of a line that has no blank.
+_UP_TO_BLANK = re.compile(rb"[^ \n]*[ \n]")
 _CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 _MISSING = re.compile(r"no such (container|object)|no container with (name|ID)|does not exist", re.IGNORECASE)
+_REMOVING = re.compile(r"busy|already in progress")
 _NAME_IN_USE = re.compile(r"name .* is (already )?in use", re.IGNORECASE)
 _NO_IMAGE = re.compile(r"image not known|no such image|manifest unknown|unable to find image|pull access denied"
                        r"|initializing source|error pulling", re.IGNORECASE)  # fmt: skip
@@ -284,6 +289,8 @@ class LocalHost:
             arguments.append("--security-opt=apparmor=unconfined")
         if self.engine.kind == "podman":
             arguments += ["--log-driver=k8s-file", f"--timeout={spec['activeDeadlineSeconds']}"]
+        else:
+            arguments.append("--log-driver=json-file")
         if self.engine.maps_ids:
             arguments += [f"--{kind}idmap=0:{FIRST_ID}:{_IDS}".replace("idmap", "map") for kind in ("uid", "gid")]
         arguments += _limits(container["resources"]["limits"])
@@ -382,7 +389,8 @@ class LocalHost:
 
     def _unavailable(self, answer: _Answer) -> HostUnavailable:
         return HostUnavailable(
-            f"{self.engine.kind} does not answer: {_last_line(answer.error)}", "Check that it works: `podman info`."
+            f"{self.engine.kind} does not answer: {_last_line(answer.error)}",
+            f"Check that it works: `{self.engine.kind} info`.",
         )
 
     def _pod(self, name: str, nonce: str, containers: list[dict[str, Any]]) -> Pod:
@@ -428,9 +436,11 @@ class LocalHost:
             stderr=asyncio.subprocess.STDOUT,
         )
         assert process.stdout is not None  # noqa: S101 - asked for with PIPE
+        pieces = DockerPieces()
         try:
             while chunk := await process.stdout.read(_LOG_CHUNK_BYTES):
-                yield chunk
+                if lines := pieces.feed(chunk):
+                    yield lines
         finally:
             with anyio.CancelScope(shield=True):
                 if process.returncode is None:
@@ -447,17 +457,20 @@ class LocalHost:
             if container not in ids:
                 continue
             if "running" in self._state_of(pod, container):
-                await self._call("stop", f"--time={grace}", ids[container])
+                await self._call("stop", "-t", f"{grace}", ids[container])
             await self._remove_container(ids[container])
         await self._remove_folders(pod["metadata"]["labels"].get(LABEL_NONCE, ""))
 
     async def _remove_container(self, target: str) -> None:
-        """Remove one container by its id, again where podman says `busy`: its own clean-up still unmounts then."""
+        """Remove one container by its id, again while the engine is at it.
+
+        podman says `busy` while its own clean-up unmounts, docker `already in progress` while another removes it.
+        """
         for tries_left in reversed(range(_REMOVE_TRIES)):
             removed = await self._call("rm", "--force", "--volumes", target)
             if removed.code == 0 or _MISSING.search(removed.error):
                 return
-            if not tries_left or "busy" not in removed.error:
+            if not tries_left or not _REMOVING.search(removed.error):
                 raise self._unavailable(removed)
             await asyncio.sleep(_REMOVE_PAUSE_SECONDS)
 
@@ -556,6 +569,53 @@ class LogRecords:
                 stamp = b"" if self._inside else line.time.encode() + b" "
                 served.append(stamp + text + (b"" if tag == b"P" else b"\n"))
             self._inside = tag == b"P"
+        return b"".join(served)
+
+
+class DockerPieces:
+    """What `docker logs --timestamps` prints → one time per line.
+
+    Docker cuts a long line into pieces of 16 KiB, and prints the line's time before each of them.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        #: The time of the line that is being read, with the blank after it; empty between lines.
+        self._stamp = b""
+        #: How many bytes the piece of the line that is being read may still have.
+        self._room = 0
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Return what this chunk of the stream brings, without the times inside of lines."""
+        data, here = self._rest + chunk, 0
+        served = []
+        while here < len(data):
+            if not self._stamp:
+                first = _UP_TO_BLANK.match(data, here)
+                if first is None:
+                    break
+                here = first.end()
+                served.append(first[0])
+                if not first[0].endswith(b"\n"):
+                    self._stamp, self._room = first[0], _DOCKER_PIECE_BYTES
+            elif not self._room:
+                repeated = data[here : here + len(self._stamp)]
+                if repeated == self._stamp:
+                    here += len(repeated)
+                    self._room = _DOCKER_PIECE_BYTES
+                elif self._stamp.startswith(repeated):
+                    break
+                else:  # not how Docker cuts lines: what comes is shown as it is
+                    self._room = sys.maxsize
+            else:
+                end = data.find(b"\n", here, here + self._room)
+                text = data[here : here + self._room if end < 0 else end + 1]
+                here += len(text)
+                self._room -= len(text)
+                served.append(text)
+                if text.endswith(b"\n"):
+                    self._stamp = b""
+        self._rest = data[here:]
         return b"".join(served)
 
 

@@ -1,0 +1,179 @@
+"""Run a command beside a real Docker engine of its own. Nothing is installed, and nothing stays but a cache.
+
+Usage: python -m scripts.docker_engine COMMAND [ARGUMENT ...]
+The engine comes from Debian's packages, unpacked into ${PODBUILD_CACHE:-~/.cache/podbuild}. It has
+network, mounts and processes of its own: this machine's interfaces and firewall stay as they are,
+and the kernel ends all of it with this program, whatever ends that. The command shares the engine's
+network, which has no way out, and finds docker on PATH, with our images in it, and no podman.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from podbuild.hosts.local import limits_here
+from scripts.images import BASE, TAGS
+from scripts.machine import Problem, engine, main, run, step
+
+CACHE = Path(os.environ.get("PODBUILD_CACHE") or Path.home() / ".cache" / "podbuild") / "docker-engine"
+PACKAGES = ("docker.io", "containerd")
+#: Its tests fail instead of being skipped: here they have an engine.
+REQUIRED = "PODBUILD_REQUIRE_DOCKER"
+_PROGRAMS = ("apt-get", "dpkg", "unshare", "nsenter", "setpriv", "ip", "runc", "iptables")
+#: Where Docker writes although it is told to keep its files elsewhere; each gets an empty folder of the engine's own.
+_MASKED = ("/etc/docker", "/opt/containerd", "/run/containerd", "/run/docker")
+_START_SECONDS = 60
+_NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+#: What this program starts does not outlive it.
+_TIED = ("setpriv", "--pdeathsig", "KILL")
+
+
+def work() -> None:
+    """Run the command line's command, and end as it ends."""
+    command = sys.argv[1:]
+    if not command:
+        raise Problem("Usage: python -m scripts.docker_engine COMMAND [ARGUMENT ...]")
+    if lack := lacking():
+        print(f"No Docker engine can be started here: {lack}. The command runs without one.", file=sys.stderr)
+        sys.exit(subprocess.run(command, check=False).returncode)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with running_engine(unpacked()) as (entering, environment):
+        code = subprocess.run([*entering, *command], env=environment, check=False).returncode
+    sys.exit(code)
+
+
+def lacking() -> str:
+    """Return why this machine cannot start an engine, or ""."""
+    if os.geteuid() != 0:
+        return "that takes root"
+    missing = [program for program in _PROGRAMS if shutil.which(program) is None]
+    return f"{', '.join(missing)} is missing" if missing else ""
+
+
+def unpacked() -> Path:
+    """Return the folder with Debian's packages of Docker in it; they are fetched the first time."""
+    programs = CACHE / "programs"
+    if programs.is_dir():
+        return programs
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with step("Fetching Docker's packages"), tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        fetched = Path(folder) / "packages"
+        fetched.mkdir()
+        fetch = ["apt-get", "--option=APT::Sandbox::User=root", "download", "--quiet", *PACKAGES]
+        if subprocess.run(fetch, cwd=fetched, capture_output=True, check=False).returncode != 0:
+            run("apt-get", "update", "-q")
+            done = subprocess.run(fetch, cwd=fetched, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise Problem(f"apt-get cannot fetch {' and '.join(PACKAGES)}: {done.stderr.strip()[-500:]}")
+        for package in sorted(fetched.glob("*.deb")):
+            run("dpkg", "-x", str(package), str(Path(folder) / "programs"))
+        (Path(folder) / "programs").rename(programs)
+    return programs
+
+
+@contextmanager
+def running_engine(programs: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Start the engine with our images. Yield what a command is started with, and its environment."""
+    name = f"podbuild-docker-{secrets.token_hex(4)}"
+    made = [Path(p) for p in _MASKED if not Path(p).is_dir()]
+    for folder in made:
+        folder.mkdir(parents=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=CACHE, prefix="engine-") as files:
+            path = f"{programs}/usr/sbin:{programs}/usr/bin:{links_without('podman', Path(files) / 'links')}"
+            environment = {**os.environ, "PATH": path, "DOCKER_HOST": f"unix://{files}/docker.sock", REQUIRED: "1"}
+            # The engine holds the other end of the pipe: it closes when the last of its processes is gone.
+            ended, held = os.pipe()
+            process = start(name, Path(files), environment, held)
+            os.close(held)
+            try:
+                await_answer(process, Path(files), environment)
+                load_images(environment)
+                yield [*_TIED, "nsenter", f"--net=/proc/{process.pid}/ns/net"], environment
+            finally:
+                process.kill()
+                process.wait()
+                os.read(ended, 1)
+                os.close(ended)
+    finally:
+        for folder in (*Path("/sys/fs/cgroup").glob(name), *Path("/sys/fs/cgroup").glob(f"*/{name}")):
+            for inner in sorted(folder.rglob("*/"), reverse=True):
+                inner.rmdir()
+            folder.rmdir()
+        for folder in made:
+            folder.rmdir()
+
+
+def links_without(program: str, folder: Path) -> Path:
+    """Fill a folder with links to every program on PATH but one."""
+    folder.mkdir()
+    for place in (Path(p) for p in os.environ["PATH"].split(":") if p):
+        for found in place.iterdir() if place.is_dir() else ():
+            link = folder / found.name
+            if found.name != program and not link.is_symlink():
+                link.symlink_to(found)
+    return folder
+
+
+def start(name: str, files: Path, environment: dict[str, str], held: int) -> subprocess.Popen[bytes]:
+    """Start dockerd in namespaces of its own."""
+    masks = " && ".join(f"mount -t tmpfs tmpfs {folder}" for folder in _MASKED)
+    options = [f"--data-root={files}/data", f"--exec-root={files}/exec", f"--pidfile={files}/pid"]
+    options += [f"--host={environment['DOCKER_HOST']}", f"--cgroup-parent=/{name}"]
+    options += ["--exec-opt=native.cgroupdriver=cgroupfs"]
+    options += [f"--default-{option.removeprefix('--')}" for option in limits_here() if "nofile" in option]
+    script = f'{masks} && ip link set lo up && exec dockerd "$@"'
+    command = [*_TIED, "unshare", *_NAMESPACES, "sh", "-c", script, "sh"]
+    with (files / "log").open("wb") as log:
+        return subprocess.Popen(
+            [*command, *options],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(held,),
+            # Ctrl-C is for the command; the engine ends with this program.
+            start_new_session=True,
+        )
+
+
+def await_answer(process: subprocess.Popen[bytes], files: Path, environment: dict[str, str]) -> None:
+    """Wait until the engine answers."""
+    end = time.monotonic() + _START_SECONDS
+    with step("Starting a Docker engine"):
+        while subprocess.run(["docker", "version"], env=environment, capture_output=True, check=False).returncode != 0:
+            if process.poll() is not None or time.monotonic() > end:
+                said = (files / "log").read_text(errors="replace").splitlines()[-5:]
+                raise Problem("The Docker engine does not start:\n  " + "\n  ".join(said))
+            time.sleep(0.2)
+
+
+def load_images(environment: dict[str, str]) -> None:
+    """Copy our images from this machine's engine."""
+    images = (BASE, *TAGS.values())
+    several = ["--multi-image-archive"] if engine().kind == "podman" else []
+    with step("Loading our images into it"):
+        saving = subprocess.Popen(
+            [*_TIED, engine().program, "save", *several, *images], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        loaded = subprocess.run(
+            ["docker", "load", "--quiet"], env=environment, stdin=saving.stdout, capture_output=True, check=False
+        )
+        assert saving.stdout is not None  # noqa: S101 - asked for with PIPE
+        saving.stdout.close()
+        if saving.wait() != 0 or loaded.returncode != 0:
+            raise Problem(f"The images {', '.join(images)} are not all there: make them with `make builder-image`.")
+
+
+if __name__ == "__main__":
+    main(work)
