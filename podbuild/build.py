@@ -61,6 +61,8 @@ LAST_LINES = 20
 _POLL_SECONDS = 0.5
 _SLOW_POLL_SECONDS = 2.0
 _HOST_TRIES = 4
+#: A pod's own deadline does not run before it is on a node. Longer than any reason in `why_never` takes.
+_PENDING_SECONDS = 1800
 #: Beyond the pod's own deadline and grace: a host that keeps neither is reported, not waited for.
 _OVERDUE_SECONDS = 120
 
@@ -274,20 +276,21 @@ class Build:
         pod is gone; a failure is in the event and not raised. Leaving early stops nothing. Raises
         `HostUnavailable` when the host stops answering for good.
         """
-        end = asyncio.get_running_loop().time() + self._patience()
-        async for pending in self._await_start(end):
+        loop = asyncio.get_running_loop()
+        async for pending in self._await_start(loop.time() + _PENDING_SECONDS):
             yield pending
         if self._finished is not None:
             yield self._finished
             return
         yield Running()
+        end = loop.time() + self._patience()
         lines: asyncio.Queue[Line] = asyncio.Queue(maxsize=10_000)
         readers = [asyncio.create_task(self._read_log(name, lines)) for name in CONTAINERS]
         try:
             while not all(reader.done() for reader in readers) or not lines.empty():
                 for line in await _batch(lines):
                     yield line
-                if asyncio.get_running_loop().time() > end:
+                if loop.time() > end:
                     raise self._overdue()
             for reader in readers:
                 await reader
@@ -359,7 +362,10 @@ class Build:
                 self._finished = Finished(error)
                 return
             if asyncio.get_running_loop().time() > end:
-                raise self._overdue()
+                raise DeadlineExceeded(
+                    f"The pod {self.name} did not start within {_PENDING_SECONDS // 60} min: {reason}",
+                    "Look at what the reason names; the pod is left as it is.",
+                )
             await asyncio.sleep(_POLL_SECONDS)
             if await self._refresh() is None:
                 self._finished = Finished(self._lost())

@@ -78,9 +78,9 @@ class GitProgram:
                 f"the program git cannot be started ({error.strerror})", "Install git where the flow runs."
             ) from error
         complaint = bytearray()
+        assert process.stdout and process.stderr  # noqa: S101 (pipes are the default)
         async with process:
             try:
-                assert process.stdout and process.stderr  # noqa: S101 (pipes are the default)
                 async with anyio.create_task_group() as group:
                     group.start_soon(_listen, process.stderr, complaint)
                     output = await read_up_to(process.stdout, ANSWER_LIMIT_BYTES)
@@ -90,6 +90,12 @@ class GitProgram:
             except BaseException:
                 _kill_group(process)
                 raise
+            finally:
+                # asyncio keeps a pipe open until it has been read to its end. Those of the dead end at once.
+                with anyio.move_on_after(1, shield=True):
+                    for stream in (process.stdout, process.stderr):
+                        async for _ in stream:
+                            pass
         if code == 0 or len(output) > ANSWER_LIMIT_BYTES:
             return output
         raise self._failure(complaint.decode(errors="replace"))

@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -786,8 +787,10 @@ async def test_g10_a_name_among_very_many_costs_next_to_nothing(repo: Repo) -> N
             await resolve_commit(repo.at(server), "zzz")
         with pytest.raises(SourceUnavailable, match=r"more of them than fit into 8 MiB\. Pass the full commit id"):
             await resolve_commit(repo.at(server), repo.commits[2][:9])
+    before = pipes()
     with pytest.raises(RefNotFound, match=r"no branch or tag 'zzz'\. Its default branch is 'main'"):
         await resolve_commit(repo.file, "zzz")
+    await until(lambda: pipes() <= before)
 
 
 # --- git as a program -------------------------------------------------------------------------------------
@@ -979,15 +982,26 @@ async def test_g1_g12_what_ssh_meets_is_a_typed_error(
     expected: type[BuildError],
     said: str,
 ) -> None:
-    """Whatever comes, it comes within the deadline and leaves no file."""
+    """Whatever comes, it comes within the deadline and leaves no file and no pipe."""
     install_ssh(tmp_path, monkeypatch, script)
+    before = pipes()
     start = time.monotonic()
 
     with pytest.raises(expected, match=said):
         await resolve_commit(parse_repository("git@git.example.org:team/app.git"), "main", timeout_seconds=1)
 
     assert time.monotonic() - start < 3
+    await until(lambda: pipes() <= before)
     assert list(temporary.iterdir()) == []
+
+
+def pipes() -> set[str]:
+    """Return the pipes that this process holds open."""
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the descriptor that lists the folder is gone by now
+            found.add(str(link.readlink()))
+    return {target for target in found if target.startswith("pipe:")}
 
 
 def runs(pid: int) -> bool:
