@@ -236,7 +236,10 @@ class LocalHost:
 
     async def _create_container(self, nonce: str, manifest: Manifest, container: dict[str, Any]) -> str:
         name = manifest["metadata"]["name"]
-        arguments = self._arguments(nonce, manifest, container)
+        folder, secret = self._folder(nonce), self._secrets / nonce
+        arguments = create_arguments(
+            self.engine, self.settings, manifest, container, nonce=nonce, folder=folder, secret=secret
+        )
         made = await self._call("create", *arguments, seconds=_PULL_SECONDS)
         if made.code == 0:
             return made.out.split()[-1]
@@ -255,69 +258,6 @@ class LocalHost:
             f"{self.engine.kind} refuses the pod: {_last_line(answer.error)}",
             f"Check that it can run containers: `{self.engine.kind} run --rm {self.settings.builder_image} true`.",
         )
-
-    def _arguments(self, nonce: str, manifest: Manifest, container: dict[str, Any]) -> list[str]:
-        """Return what `create` needs to make one container of the manifest."""
-        spec, metadata = manifest["spec"], manifest["metadata"]
-        which, security = container["name"], container["securityContext"]
-        labels = {**metadata["labels"], LABEL_POD: metadata["name"], LABEL_CONTAINER: which, LABEL_NONCE: nonce}
-        local_image = container["image"].startswith("localhost/")
-        arguments = [
-            f"--name={self._container_name(metadata['name'], which)}",
-            f"--pull={'never' if local_image else 'missing'}",
-            f"--stop-timeout={spec['terminationGracePeriodSeconds']}",
-            "--restart=no",
-            "--cap-drop=ALL",
-            f"--security-opt=seccomp={SECCOMP_PROFILE}",
-            f"--user={security['runAsUser']}",
-            *(f"--label={key}={value}" for key, value in labels.items()),
-            *(f"--cap-add={capability}" for capability in security["capabilities"].get("add", ())),
-            # courier runs nothing from the repository, and reaches what this process reaches; the
-            # repository's steps get a network of their own, so that they do not reach this machine's services.
-            f"--network={'host' if which == 'courier' else self.settings.network}",
-        ]
-        if not security["allowPrivilegeEscalation"]:
-            arguments.append("--security-opt=no-new-privileges")
-        if security.get("readOnlyRootFilesystem"):
-            arguments.append("--read-only")
-        if security.get("procMount") == "Unmasked":
-            arguments.append(
-                "--security-opt=unmask=ALL" if self.engine.kind == "podman" else "--security-opt=systempaths=unconfined"
-            )
-        if Path("/sys/kernel/security/apparmor").exists():
-            # The engines' own AppArmor profiles forbid every mount, also inside a user namespace.
-            arguments.append("--security-opt=apparmor=unconfined")
-        if self.engine.kind == "podman":
-            arguments += ["--log-driver=k8s-file", f"--timeout={spec['activeDeadlineSeconds']}"]
-        else:
-            arguments.append("--log-driver=json-file")
-        if self.engine.maps_ids:
-            arguments += [f"--{kind}idmap=0:{FIRST_ID}:{_IDS}".replace("idmap", "map") for kind in ("uid", "gid")]
-        arguments += _limits(container["resources"]["limits"])
-        arguments += self._mounts(nonce, manifest, container)
-        command = container["command"]
-        return [*arguments, f"--entrypoint={command[0]}", container["image"], *command[1:]]
-
-    def _mounts(self, nonce: str, manifest: Manifest, container: dict[str, Any]) -> list[str]:
-        volumes = {volume["name"]: volume for volume in manifest["spec"]["volumes"]}
-        folder = self._folder(nonce)
-        arguments = [f"--volume={folder / 'ends' / container['name']}:{container['terminationMessagePath']}:rw"]
-        for mount in container["volumeMounts"]:
-            name, target = mount["name"], mount["mountPath"]
-            volume = volumes[name]
-            if volume.get("emptyDir", {}).get("medium") == "Memory":
-                arguments.append(f"--tmpfs={target}:rw,mode=1777")
-                continue
-            if "hostPath" in volume:
-                source = Path(volume["hostPath"]["path"])
-            elif name == SECRET_VOLUME:
-                source = self._secrets / nonce
-            else:
-                source = folder / "volumes" / name
-            arguments.append(f"--volume={source}:{target}:{'ro' if mount.get('readOnly') else 'rw'}")
-        if self.settings.ca_bundle:
-            arguments.append(f"--volume={self.settings.ca_bundle}:{_CA_BUNDLE}:ro")
-        return arguments
 
     def _lay_out(self, nonce: str, manifest: Manifest, files: Mapping[str, bytes]) -> None:
         """Make the folders of one pod, owned by who is root inside its containers."""
@@ -361,7 +301,7 @@ class LocalHost:
 
     async def read(self, name: str) -> Pod | None:
         """Return the pod in Kubernetes' spelling, from the engine's own account of its containers."""
-        containers = await self._inspect([name, self._container_name(name, "build")])
+        containers = await self._inspect([name, _container_name(name, "build")])
         first = next((c for c in containers if _labels(c).get(LABEL_CONTAINER) == "courier"), None)
         if first is None:
             return None
@@ -498,10 +438,6 @@ class LocalHost:
         return self._state / "pods" / nonce if nonce else self._state / "pods" / "none"
 
     @staticmethod
-    def _container_name(pod: str, container: str) -> str:
-        return pod if container == "courier" else f"{pod}.{container}"
-
-    @staticmethod
     def _ids(pod: Pod) -> dict[str, str]:
         return {s["name"]: s["containerID"] for s in pod["status"]["containerStatuses"]}
 
@@ -629,6 +565,90 @@ def _alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def create_arguments(
+    engine: Engine,
+    settings: LocalSettings,
+    manifest: Manifest,
+    container: dict[str, Any],
+    *,
+    nonce: str,
+    folder: Path,
+    secret: Path,
+) -> list[str]:
+    """Return what `create` needs to make one container of the manifest.
+
+    ``folder`` is the pod's own, ``secret`` the one with its secret files. Of the machine it looks at
+    the number of cores, at the limits it can hand on, and whether it has AppArmor.
+    """
+    spec, metadata = manifest["spec"], manifest["metadata"]
+    which, security = container["name"], container["securityContext"]
+    labels = {**metadata["labels"], LABEL_POD: metadata["name"], LABEL_CONTAINER: which, LABEL_NONCE: nonce}
+    local_image = container["image"].startswith("localhost/")
+    arguments = [
+        f"--name={_container_name(metadata['name'], which)}",
+        f"--pull={'never' if local_image else 'missing'}",
+        f"--stop-timeout={spec['terminationGracePeriodSeconds']}",
+        "--restart=no",
+        "--cap-drop=ALL",
+        f"--security-opt=seccomp={SECCOMP_PROFILE}",
+        f"--user={security['runAsUser']}",
+        *(f"--label={key}={value}" for key, value in labels.items()),
+        *(f"--cap-add={capability}" for capability in security["capabilities"].get("add", ())),
+        # courier runs nothing from the repository, and reaches what this process reaches; the
+        # repository's steps get a network of their own, so that they do not reach this machine's services.
+        f"--network={'host' if which == 'courier' else settings.network}",
+    ]
+    if not security["allowPrivilegeEscalation"]:
+        arguments.append("--security-opt=no-new-privileges")
+    if security.get("readOnlyRootFilesystem"):
+        arguments.append("--read-only")
+    if security.get("procMount") == "Unmasked":
+        arguments.append(
+            "--security-opt=unmask=ALL" if engine.kind == "podman" else "--security-opt=systempaths=unconfined"
+        )
+    if Path("/sys/kernel/security/apparmor").exists():
+        # The engines' own AppArmor profiles forbid every mount, also inside a user namespace.
+        arguments.append("--security-opt=apparmor=unconfined")
+    if engine.kind == "podman":
+        arguments += ["--log-driver=k8s-file", f"--timeout={spec['activeDeadlineSeconds']}"]
+    else:
+        arguments.append("--log-driver=json-file")
+    if engine.maps_ids:
+        arguments += [f"--{kind}map=0:{FIRST_ID}:{_IDS}" for kind in ("uid", "gid")]
+    arguments += _limits(container["resources"]["limits"])
+    arguments += _mounts(settings, manifest, container, folder, secret)
+    command = container["command"]
+    return [*arguments, f"--entrypoint={command[0]}", container["image"], *command[1:]]
+
+
+def _mounts(
+    settings: LocalSettings, manifest: Manifest, container: dict[str, Any], folder: Path, secret: Path
+) -> list[str]:
+    """Return the options for a container's volumes. The secret is mounted only where the manifest says so."""
+    volumes = {volume["name"]: volume for volume in manifest["spec"]["volumes"]}
+    arguments = [f"--volume={folder / 'ends' / container['name']}:{container['terminationMessagePath']}:rw"]
+    for mount in container["volumeMounts"]:
+        name, target = mount["name"], mount["mountPath"]
+        volume = volumes[name]
+        if volume.get("emptyDir", {}).get("medium") == "Memory":
+            arguments.append(f"--tmpfs={target}:rw,mode=1777")
+            continue
+        if "hostPath" in volume:
+            source = Path(volume["hostPath"]["path"])
+        elif name == SECRET_VOLUME:
+            source = secret
+        else:
+            source = folder / "volumes" / name
+        arguments.append(f"--volume={source}:{target}:{'ro' if mount.get('readOnly') else 'rw'}")
+    if settings.ca_bundle:
+        arguments.append(f"--volume={settings.ca_bundle}:{_CA_BUNDLE}:ro")
+    return arguments
+
+
+def _container_name(pod: str, container: str) -> str:
+    return pod if container == "courier" else f"{pod}.{container}"
 
 
 def _limits(limits: Mapping[str, str]) -> list[str]:
