@@ -4,7 +4,7 @@ PYTHON := python3
 RUN := .venv/bin
 export PYTHON REPO REF REGISTRY_PORT SERVER_PORT BASE
 
-.PHONY: help setup builder-image demo demo-down check fix test soak bench
+.PHONY: help setup builder-image demo demo-down check fix test test-docker soak bench
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,11 @@ test: ## Every test that needs no cluster: unit, wire, engine, flow
 	@WITH_TESTS=1 scripts/setup
 	@$(RUN)/python -m scripts.images
 	@PODBUILD_REQUIRE_ENGINE=1 $(RUN)/python -m pytest -q
+
+test-docker: ## The engine tests on a real Docker engine, in a network namespace of its own
+	@WITH_TESTS=1 scripts/setup
+	@$(RUN)/python -m scripts.images
+	@$(RUN)/python -m scripts.docker_engine $(RUN)/python -m pytest -q tests/test_docker.py
 
 soak: ## The long proofs
 	@WITH_TESTS=1 scripts/setup
