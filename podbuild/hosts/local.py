@@ -43,6 +43,7 @@ _IDS = 65536
 _COMMAND_SECONDS = 60
 _PULL_SECONDS = 900
 _CLEANUP_SECONDS = 30
+_STOP_SECONDS = 5
 _REMOVE_TRIES = 10
 _REMOVE_PAUSE_SECONDS = 0.3
 _LOG_CHUNK_BYTES = 65536
@@ -130,7 +131,10 @@ class _Answer:
 
 
 async def _run(command: Sequence[str], *, seconds: float = _COMMAND_SECONDS, folder: Path | None = None) -> _Answer:
-    """Run a program to its end. It is killed when the time is over, and when the caller is cancelled."""
+    """Run a program to its end. It is stopped when the time is over, and when the caller is cancelled.
+
+    An engine that is told to stop finishes the container that it is about to make; one that is killed leaves half.
+    """
     pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
     process = await asyncio.create_subprocess_exec(*command, stdin=nothing, stdout=pipe, stderr=pipe, cwd=folder)
     try:
@@ -143,9 +147,13 @@ async def _run(command: Sequence[str], *, seconds: float = _COMMAND_SECONDS, fol
         ) from late
     finally:
         if process.returncode is None:
-            process.kill()
             with anyio.CancelScope(shield=True):
-                await process.wait()
+                process.terminate()
+                with anyio.move_on_after(_STOP_SECONDS):
+                    await process.communicate()
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
     return _Answer(process.returncode or 0, out.decode(errors="replace"), error.decode(errors="replace"))
 
 
@@ -217,7 +225,9 @@ class LocalHost:
                 raise NameExists(name)
         except BaseException:
             with anyio.move_on_after(_CLEANUP_SECONDS, shield=True):
-                for each in reversed(created):
+                # Not only what `created` holds: a cancelled engine may have made a container and not told its id.
+                left = await self._call("ps", "--all", "--quiet", "--no-trunc", f"--filter=label={LABEL_NONCE}={nonce}")
+                for each in dict.fromkeys([*reversed(created), *left.out.split()]):
                     await self._remove_container(each)
                 await self._remove_folders(nonce)
             raise
