@@ -69,7 +69,8 @@ def is_finished(pod: Mapping[str, Any]) -> bool:
 def waiting_reason(pod: Mapping[str, Any]) -> str:
     """Return why a pod has not started, in the cluster's own words; "" for a pod that has."""
     for condition in pod.get("status", {}).get("conditions") or ():
-        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+        lifted = condition.get("reason") == "SchedulingGated" and not pod["spec"].get("schedulingGates")
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "False" and not lifted:
             said = printable(str(condition.get("message") or ""), 500)
             return f"{condition.get('reason') or 'not scheduled'}: {said}" if said else str(condition.get("reason"))
     states = [container_state(pod, name) for name in ("courier", "build")]

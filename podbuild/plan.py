@@ -163,6 +163,8 @@ def plan_build(
     """
     if not is_commit(commit):
         raise InvalidRequest(f"{printable(commit)!r} is not a full commit id.", "Resolve the ref first.")
+    if repository.scheme == "file" and not settings.sees_folders:
+        raise InvalidRequest(f"{repository} is a folder of one machine.", "Only a local engine builds those.")
     if not settings.allows(repository.host or "file", repository.path):
         raise InvalidRequest(
             f"This host does not build {repository}.", "Ask its operator to add it to `allowed_repositories`."

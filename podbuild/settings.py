@@ -75,6 +75,11 @@ class HostSettings:
         """Whether containers get a CA bundle of this host's, which steps then get too."""
         return False
 
+    @property
+    def sees_folders(self) -> bool:
+        """Whether a repository may be a folder of the machine that asks (`file://`)."""
+        return False
+
     def git_credentials_for(self, host: str, path: str) -> GitCredentials | None:
         """Return the credentials with the longest matching path, or None."""
         fitting = [c for c in self.git_credentials if c.covers(host, path)]
@@ -116,6 +121,10 @@ class LocalSettings(HostSettings):
     @property
     def brings_certificates(self) -> bool:
         return bool(self.ca_bundle)
+
+    @property
+    def sees_folders(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import pytest
 from podbuild.errors import InvalidRequest
 from podbuild.names import parse_repository
 from podbuild.plan import PUBLIC_LIMIT_BYTES, BuildOptions, Plan, canonical, parse_options, plan_build
-from podbuild.settings import HostSettings, RegistryCredentials
+from podbuild.settings import HostSettings, LocalSettings, RegistryCredentials
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SETTINGS = HostSettings(registry="registry.example.org/builds", builder_image="builder:1")
@@ -317,7 +317,7 @@ def test_only_a_full_commit_is_planned(commit: str) -> None:
 )
 def test_a_host_builds_only_repositories_it_allows(patterns: tuple[str, ...], repo: str, allowed: bool) -> None:
     """The patterns of the host block decide, and the refusal names the setting."""
-    settings = replace(SETTINGS, allowed_repositories=patterns)
+    settings = LocalSettings(registry=SETTINGS.registry, allowed_repositories=patterns)
     if allowed:
         assert plan(repo=repo, settings=settings)
     else:
