@@ -6,12 +6,13 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote
 
 import anyio
-from anyio.abc import ByteReceiveStream, Process
 
 from podbuild.errors import AccessDenied
 from podbuild.gitserver import ANSWER_LIMIT_BYTES, Inquiry, Unanswered, read_up_to
@@ -66,39 +67,40 @@ class GitProgram:
     async def _try(self, arguments: tuple[str, ...]) -> bytes:
         """Return what git prints. However this ends, git and all that it started are gone."""
         try:
-            process = await anyio.open_process(
-                ["git", *arguments],
-                stdin=subprocess.DEVNULL,
-                cwd=self._home,
-                env=self._environment,
-                start_new_session=True,
-            )
+            process = self._start(arguments)
         except OSError as error:
             raise self._inquiry.unavailable(
                 f"the program git cannot be started ({error.strerror})", "Install git where the flow runs."
             ) from error
         complaint = bytearray()
-        assert process.stdout and process.stderr  # noqa: S101 (pipes are the default)
-        async with process:
+        with process:
             try:
                 async with anyio.create_task_group() as group:
                     group.start_soon(_listen, process.stderr, complaint)
-                    output = await read_up_to(process.stdout, ANSWER_LIMIT_BYTES)
+                    output = await read_up_to(_chunks(process.stdout), ANSWER_LIMIT_BYTES)
                     if len(output) > ANSWER_LIMIT_BYTES:
                         _kill_group(process)
-                code = await process.wait()
+                while process.poll() is None:  # noqa: ASYNC110 (its pipes have ended: a matter of milliseconds)
+                    await anyio.sleep(0.005)
             except BaseException:
                 _kill_group(process)
                 raise
-            finally:
-                # asyncio keeps a pipe open until it has been read to its end. Those of the dead end at once.
-                with anyio.move_on_after(1, shield=True):
-                    for stream in (process.stdout, process.stderr):
-                        async for _ in stream:
-                            pass
-        if code == 0 or len(output) > ANSWER_LIMIT_BYTES:
+        if process.returncode == 0 or len(output) > ANSWER_LIMIT_BYTES:
             return output
         raise self._failure(complaint.decode(errors="replace"))
+
+    def _start(self, arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
+        # Not asyncio's subprocess: it awaits while it starts one, and whoever is cancelled there never
+        # gets to know the process, whose ssh lives on.
+        return subprocess.Popen(
+            ["git", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=self._home,
+            env=self._environment,
+            start_new_session=True,
+        )
 
     def _failure(self, complaint: str) -> Exception:
         """Return what git's complaint means."""
@@ -158,13 +160,24 @@ def _write_private(path: Path, content: str) -> None:
     path.write_text(content)
 
 
-async def _listen(stream: ByteReceiveStream, complaint: bytearray) -> None:
+async def _chunks(pipe: IO[bytes] | None) -> AsyncIterator[bytes]:
+    """Yield what comes out of a pipe until its end."""
+    while pipe:
+        await anyio.wait_readable(pipe)
+        chunk = os.read(pipe.fileno(), 65536)
+        if not chunk:
+            break
+        yield chunk
+
+
+async def _listen(pipe: IO[bytes] | None, complaint: bytearray) -> None:
     """Read to the end, so that the writer never waits, and keep the beginning."""
-    async for chunk in stream:
+    async for chunk in _chunks(pipe):
         complaint += chunk[: max(0, _COMPLAINT_LIMIT_BYTES - len(complaint))]
 
 
-def _kill_group(process: Process) -> None:
-    """End git, and the ssh or upload-pack that it started."""
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End git, and the ssh or upload-pack that it started. Only we collect it, so its id is still its own."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
