@@ -76,6 +76,8 @@ def make(name: str, base: str) -> None:
     if ca_bundle() and engine().kind == "podman":
         options.append(f"--volume={CA_BUNDLE}:{CA_BUNDLE}:ro")
     with step(f"Building {tag}"):
+        # Named, because docker looks for no Containerfile by itself.
+        options.append(f"--file={folder / 'Containerfile'}")
         call_engine("build", "--quiet", *options, "--tag", tag, str(folder), seconds=1800)
 
 
