@@ -7,13 +7,18 @@ report in their termination messages says why; an end without a report is judged
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from podbuild.errors import (
     BuildError,
     BuildFailed,
+    DeadlineExceeded,
+    Evicted,
     ImagePullFailed,
+    OutOfDisk,
     OutOfMemory,
     PodLost,
     PodRejected,
@@ -28,6 +33,11 @@ _TERMINATED = 143
 #: An autoscaler needs minutes for a new node.
 _UNSCHEDULABLE_SECONDS = 900
 _IMAGE = "Correct `builder_image`, or its pull secrets, in the host block."
+_AGAIN = "Run the build again; the log shows how far it came."
+_MEMORY = {
+    "build": "Raise `options.memory_limit`, or make the build need less.",
+    "courier": "Fetching and pushing have a fixed limit: make the repository, or a single file of it, smaller.",
+}
 _CONFIG = "Correct what the text names, in the host block or in the cluster."
 #: Waiting reason → the error, after how many seconds it is final, and what to change.
 _NEVER: dict[str, tuple[type[BuildError], int, str]] = {
@@ -61,9 +71,15 @@ def is_terminating(pod: Mapping[str, Any]) -> bool:
 
 
 def is_finished(pod: Mapping[str, Any]) -> bool:
-    """Return whether both containers have ended, or the pod has without them."""
-    ended = all("terminated" in container_state(pod, name) for name in ("courier", "build"))
-    return ended or pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
+    """Return whether both containers have ended, or the pod has without them.
+
+    Also if one has ended and the other cannot start: it has nobody left to meet, and its host may try for hours.
+    """
+    states = [container_state(pod, name) for name in ("courier", "build")]
+    ended = ["terminated" in state for state in states]
+    stuck = [(state.get("waiting") or {}).get("reason") in _NEVER for state in states]
+    over = any(ended) and all(e or s for e, s in zip(ended, stuck, strict=True))
+    return over or pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
 
 
 def waiting_reason(pod: Mapping[str, Any]) -> str:
@@ -117,7 +133,7 @@ def report_of(pod: Mapping[str, Any], container: str) -> dict[str, Any]:
     message = container_state(pod, container).get("terminated", {}).get("message") or ""
     try:
         report = json.loads(message)
-    except ValueError:
+    except (ValueError, RecursionError):  # a few thousand brackets are enough for the latter
         return {}
     return report if isinstance(report, dict) else {}
 
@@ -138,6 +154,13 @@ def diagnose(pod: Mapping[str, Any]) -> BuildError | None:
         return None
     reports = {name: report_of(pod, name) for name in ("build", "courier")}
     causes = [r for r in reports.values() if "error" in r and not r.get("consequence")]
+    # Whoever ends a pod tells both containers to stop: that alone never is the reason.
+    causes.sort(key=lambda report: report["error"] == "BuildStopped")
+    if causes and causes[0]["error"] != "BuildStopped":
+        return _reported(causes[0])
+    by_host = _ended_by_host(pod)
+    if by_host is not None:
+        return by_host
     if causes:
         return _reported(causes[0])
     for name in ("build", "courier"):
@@ -145,14 +168,29 @@ def diagnose(pod: Mapping[str, Any]) -> BuildError | None:
         if end is None or "error" in reports[name]:
             continue
         if end.get("reason") == "OOMKilled":
-            return OutOfMemory(
-                f"The container {name} was killed because it reached its memory limit.",
-                "Raise `options.memory_limit`, or make the build need less.",
-            )
+            return OutOfMemory(f"The container {name} was killed because it reached its memory limit.", _MEMORY[name])
         if end["exitCode"] != 0:
-            return PodLost(_ended(name, end["exitCode"]), "Run the build again; the log shows how far it came.")
-    problem = next((r["problem"] for r in reports.values() if "error" in r), "The pod ended without a report.")
-    return PodLost(printable(str(problem), 500), "Run the build again; the log shows how far it came.")
+            return PodLost(_ended(name, end["exitCode"]), _AGAIN)
+    if never := why_never(pod, math.inf):
+        return never
+    problem = next((r.get("problem") for r in reports.values() if "error" in r), None)
+    return PodLost(printable(str(problem or "The pod ended without a report."), 500), _AGAIN)
+
+
+def _ended_by_host(pod: Mapping[str, Any]) -> BuildError | None:
+    """Return the error of a pod that its host ended, and said why; None for any other."""
+    status = pod.get("status", {})
+    reason, said = printable(str(status.get("reason") or "")), printable(str(status.get("message") or "").strip(), 500)
+    if not reason or status.get("phase") != "Failed":
+        return None
+    problem = f"The host ended the pod: {reason}: {said}" if said else f"The host ended the pod: {reason}."
+    if reason == "DeadlineExceeded":
+        return DeadlineExceeded(problem, "Raise `options.timeout_minutes`, or make the build shorter.")
+    if reason == "Evicted" and re.search(r"\bexceed(s|ed)\b.*\blimit\b", said):
+        return OutOfDisk(problem, "Raise `options.storage_limit`, or make the build write less.")
+    if reason == "Evicted":
+        return Evicted(problem, "Run the build again; if it stays, give the nodes more room.")
+    return PodLost(problem, _AGAIN)
 
 
 def _ended(container: str, code: int) -> str:
@@ -164,9 +202,10 @@ def _ended(container: str, code: int) -> str:
 def _reported(report: Mapping[str, Any]) -> BuildError:
     """Return the error that a program in the pod named. Its texts are shown with control characters escaped."""
     kind = by_name(str(report["error"])) or PodLost
-    problem = printable(str(report.get("problem", "")), 1500)
-    remedy = printable(str(report.get("remedy", "")), 1500)
+    problem = printable(str(report.get("problem") or "The pod ended without a reason."), 1500)
+    remedy = printable(str(report.get("remedy") or _AGAIN), 1500)
     if issubclass(kind, BuildFailed):
-        code = report.get("exit_code", 1)
-        return kind(problem, remedy, code if isinstance(code, int) else 1, str(report.get("phase", "build"))[:10])
+        code, phase = report.get("exit_code"), report.get("phase")
+        exit_code = code if type(code) is int and 0 < code < 256 else 1
+        return kind(problem, remedy, exit_code, phase if phase in ("fetch", "build", "push") else "build")
     return kind(problem, remedy)
