@@ -4,7 +4,7 @@ PYTHON := python3
 RUN := .venv/bin
 export PYTHON REPO REF REGISTRY_PORT SERVER_PORT BASE
 
-.PHONY: help setup builder-image demo demo-down check fix test test-docker soak bench
+.PHONY: help setup builder-image demo demo-down check fix test test-docker cluster test-cluster cluster-down soak bench
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,15 @@ test-docker: ## The engine tests on a real Docker engine, in a network namespace
 	@WITH_TESTS=1 scripts/setup
 	@$(RUN)/python -m scripts.images
 	@$(RUN)/python -m scripts.docker_engine $(RUN)/python -m pytest -q tests/test_docker.py
+
+cluster: setup ## Start a Kubernetes cluster for tests (as root), or prepare the one of KUBECONFIG; print its kubeconfig
+	@tests/cluster/up
+
+test-cluster: ## The tests that need a cluster
+	@PODBUILD_REQUIRE_CLUSTER=1 $(RUN)/python -m pytest -q -m "cluster and not soak"
+
+cluster-down: ## Stop and remove what `make cluster` started
+	@tests/cluster/down
 
 soak: ## The long proofs
 	@WITH_TESTS=1 scripts/setup

@@ -6,4 +6,4 @@ from hypothesis import settings
 settings.register_profile("podbuild", deadline=None)
 settings.load_profile("podbuild")
 
-pytest_plugins = ["tests.engine"]
+pytest_plugins = ["tests.engine", "tests.cluster_fixtures"]

@@ -1,6 +1,13 @@
 # shellcheck shell=bash disable=SC2034
 # What build, up and down share: versions, places, addresses, and a few helpers. Sourced, not run.
 
+say() { printf '%s\n' "$*" >&2; }
+
+fail() {
+  say "$@"
+  exit 1
+}
+
 KUBERNETES=1.37.2
 BIN=${PODBUILD_CACHE:-$HOME/.cache/podbuild}/kubernetes-$KUBERNETES/bin
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -9,11 +16,13 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 RUN=${PODBUILD_CLUSTER_RUN:-/run/podbuild-cluster}
 STATE=${PODBUILD_CLUSTER_STATE:-/var/lib/podbuild-cluster}
 CGROUP=$(basename "$RUN")
+# Everything in the group of this name is ended by `down`: it must not be a group of somebody else's.
+[[ $CGROUP == podbuild-* ]] || fail "PODBUILD_CLUSTER_RUN must be a folder whose name begins with podbuild-."
 
 # Pods hang on a bridge of their own. Its address is where they reach the registry and the git server.
 BRIDGE=podbuild0
-SUBNET=10.88.128.0/20
-ADDRESS=10.88.128.1
+SUBNET=10.203.64.0/20
+ADDRESS=10.203.64.1
 API_PORT=6443
 ETCD_PORT=12379
 REGISTRY=$ADDRESS:5000
@@ -21,21 +30,6 @@ GIT=$ADDRESS:5001
 
 # Debian's own folders for programs of root are not on everyone's PATH.
 PATH=$BIN:$PATH:/usr/sbin:/sbin
-
-say() { printf '%s\n' "$*" >&2; }
-
-fail() {
-  say "$@"
-  exit 1
-}
-
-# A pid file may be older than the last start of the machine: the process must also be one of ours, and
-# each of ours names one of our folders on its command line.
-alive() {
-  local pid
-  pid=$(cat "$RUN/$1.pid" 2>/dev/null) && [ -r "/proc/$pid/cmdline" ] &&
-    tr '\0' '\n' <"/proc/$pid/cmdline" | grep -qF -e "$RUN/" -e "$STATE/"
-}
 
 # The folder of our control group in each hierarchy: one with cgroup v2, one per controller with v1.
 cgroup_folders() {
