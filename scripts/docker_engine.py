@@ -3,8 +3,8 @@
 Usage: python -m scripts.docker_engine COMMAND [ARGUMENT ...]
 The engine comes from Debian's packages, unpacked into ${PODBUILD_CACHE:-~/.cache/podbuild}. It has
 network, mounts and processes of its own: this machine's interfaces and firewall stay as they are,
-and the kernel ends all of it with this program, whatever ends that. The command shares the engine's
-network, which has no way out, and finds docker on PATH, with our images in it, and no podman.
+and the kernel ends all of it with this program, whatever ends that. The command runs beside the
+engine, in a network without a way out, and finds docker on PATH, with our images, and no podman.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def work() -> None:
         print(f"No Docker engine can be started here: {lack}. The command runs without one.", file=sys.stderr)
         sys.exit(subprocess.run(command, check=False).returncode)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with running_engine(unpacked()) as (entering, environment):
-        code = subprocess.run([*entering, *command], env=environment, check=False).returncode
+    with running_engine(unpacked()) as (inside, environment):
+        code = subprocess.run([*inside, *command], env=environment, check=False).returncode
     sys.exit(code)
 
 
@@ -99,7 +99,7 @@ def running_engine(programs: Path) -> Iterator[tuple[list[str], dict[str, str]]]
             try:
                 await_answer(process, Path(files), environment)
                 load_images(environment)
-                yield [*_TIED, "nsenter", f"--net=/proc/{process.pid}/ns/net"], environment
+                yield entering(process.pid), environment
             finally:
                 process.kill()
                 process.wait()
@@ -145,6 +145,13 @@ def start(name: str, files: Path, environment: dict[str, str], held: int) -> sub
             # Ctrl-C is for the command; the engine ends with this program.
             start_new_session=True,
         )
+
+
+def entering(process: int) -> list[str]:
+    """Return what runs a command in the engine's namespaces: there, the engine's process ids mean what it says."""
+    spaces = (("net", "net"), ("mount", "mnt"), ("pid", "pid_for_children"))
+    enter = [f"--{option}=/proc/{process}/ns/{name}" for option, name in spaces]
+    return [*_TIED, "nsenter", *enter, "env", f"--chdir={Path.cwd()}"]
 
 
 def await_answer(process: subprocess.Popen[bytes], files: Path, environment: dict[str, str]) -> None:
