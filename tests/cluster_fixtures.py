@@ -17,11 +17,13 @@ PODBUILD_TEST_KUBECTL          The program, if it is not on PATH.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NoReturn, cast
 
@@ -117,3 +119,26 @@ def serve_repo(cluster_has: Mapping[str, str]) -> Iterator[Callable[[Repo], str]
 
     yield serve
     shutil.rmtree(run)
+
+
+@pytest.fixture(scope="session")
+def kubeconfig_of(kubectl: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], str]:
+    """A function that makes a kubeconfig with a token of a ServiceAccount: (namespace, account) to its path."""
+
+    def make(namespace: str, account: str) -> str:
+        view = json.loads(kubectl("config", "view", "--raw", "--flatten", "--minify", "--output=json"))
+        token = kubectl("create", "token", account, f"--namespace={namespace}", "--duration=1h")
+        view["users"] = [{"name": account, "user": {"token": token}}]
+        view["contexts"][0]["context"].update(user=account, namespace=namespace)
+        path = tmp_path_factory.mktemp("kubeconfig") / "config"
+        path.write_text(json.dumps(view))
+        path.chmod(0o600)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def worker_settings(cluster: ClusterSettings, kubeconfig_of: Callable[[str, str], str]) -> ClusterSettings:
+    """The same settings with the rights that deploy/ gives a worker, and no more."""
+    return replace(cluster, kubeconfig=kubeconfig_of("podbuild", "podbuild-worker"))
