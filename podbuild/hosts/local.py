@@ -210,7 +210,8 @@ class LocalHost:
         nonce = secrets.token_hex(8)
         created: list[str] = []
         try:
-            await asyncio.to_thread(self._lay_out, nonce, manifest, files)
+            # Not in a thread, which would go on writing secrets after a cancellation. It is a dozen small files.
+            self._lay_out(nonce, manifest, files)
             for container in manifest["spec"]["containers"]:
                 made = await self._create_container(nonce, manifest, container)
                 created.append(made)
