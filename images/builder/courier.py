@@ -104,6 +104,8 @@ def fetch(pod: dict[str, Any]) -> None:
     environment = git_environment(pod)
     SOURCE.mkdir()
     git(environment, "init", "--quiet", f"--object-format={'sha256' if len(commit) == 64 else 'sha1'}")
+    # The address that relative addresses of submodules start from.
+    git(environment, "remote", "add", "origin", url)
     fetch_options = ("--quiet", "--no-tags", "--no-recurse-submodules", "--force")
     try:
         git(environment, "fetch", *fetch_options, "--depth=1", "--", url, commit)
