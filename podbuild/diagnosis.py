@@ -181,7 +181,7 @@ def _ended_by_host(pod: Mapping[str, Any]) -> BuildError | None:
     """Return the error of a pod that its host ended, and said why; None for any other."""
     status = pod.get("status", {})
     reason, said = printable(str(status.get("reason") or "")), printable(str(status.get("message") or "").strip(), 500)
-    if not reason or status.get("phase") != "Failed":
+    if not reason:
         return None
     problem = f"The host ended the pod: {reason}: {said}" if said else f"The host ended the pod: {reason}."
     if reason == "DeadlineExceeded":

@@ -44,7 +44,7 @@ _UNITS = {"": 1, "m": 0.001, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
 
 def quantity(text: str) -> float:
     """Return the number behind a Kubernetes quantity: ``500m`` is 0.5, ``2Gi`` is 2147483648."""
-    number = text.rstrip("mkMGTi")
+    number = text.rstrip("mkKMGTi")
     return float(number) * _UNITS[text[len(number) :]]
 
 
@@ -56,7 +56,7 @@ def pod_manifest(plan: Plan, settings: HostSettings, *, isolation: Isolation, se
     ``rootless`` (their own mounts and processes) or ``chroot``.
     """
     options = plan.options
-    deadline = round(options.timeout_minutes * 60, 3)
+    deadline = round(float(options.timeout_minutes) * 60, 3)
     unmasked = {"procMount": "Unmasked"} if isolation == "rootless" else {}
     pod = {"name": "pod", "mountPath": "/podbuild/pod", "readOnly": True}
     work = {"name": "work", "mountPath": "/work"}
