@@ -9,6 +9,8 @@ engine, in a network without a way out, and finds docker on PATH, with our image
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -26,6 +28,7 @@ from scripts.images import BASE, TAGS
 from scripts.machine import Problem, engine, main, run, step
 
 CACHE = Path(os.environ.get("PODBUILD_CACHE") or Path.home() / ".cache" / "podbuild") / "docker-engine"
+_PREFIX = "podbuild-docker-"
 PACKAGES = ("docker.io", "containerd")
 #: Its tests fail instead of being skipped: here they have an engine.
 REQUIRED = "PODBUILD_REQUIRE_DOCKER"
@@ -33,6 +36,7 @@ _PROGRAMS = ("apt-get", "dpkg", "unshare", "nsenter", "setpriv", "ip", "runc", "
 #: Where Docker writes although it is told to keep its files elsewhere; each gets an empty folder of the engine's own.
 _MASKED = ("/etc/docker", "/opt/containerd", "/run/containerd", "/run/docker")
 _START_SECONDS = 60
+_BUSY_SECONDS = 10
 _NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 #: What this program starts does not outlive it.
 _TIED = ("setpriv", "--pdeathsig", "KILL")
@@ -84,20 +88,25 @@ def unpacked() -> Path:
 @contextmanager
 def running_engine(programs: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
     """Start the engine with our images. Yield what a command is started with, and its environment."""
-    name = f"podbuild-docker-{secrets.token_hex(4)}"
+    for earlier in CACHE.glob(f"{_PREFIX}*"):
+        if not is_locked(earlier / "lock"):
+            remove(earlier)
+    files = CACHE / f"{_PREFIX}{secrets.token_hex(4)}"
+    files.mkdir()
     made = [Path(p) for p in _MASKED if not Path(p).is_dir()]
     for folder in made:
         folder.mkdir(parents=True)
     try:
-        with tempfile.TemporaryDirectory(dir=CACHE, prefix="engine-") as files:
-            path = f"{programs}/usr/sbin:{programs}/usr/bin:{links_without('podman', Path(files) / 'links')}"
+        with (files / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            path = f"{programs}/usr/sbin:{programs}/usr/bin:{links_without('podman', files / 'links')}"
             environment = {**os.environ, "PATH": path, "DOCKER_HOST": f"unix://{files}/docker.sock", REQUIRED: "1"}
             # The engine holds the other end of the pipe: it closes when the last of its processes is gone.
             ended, held = os.pipe()
-            process = start(name, Path(files), environment, held)
+            process = start(files, environment, held)
             os.close(held)
             try:
-                await_answer(process, Path(files), environment)
+                await_answer(process, files, environment)
                 load_images(environment)
                 yield entering(process.pid), environment
             finally:
@@ -106,12 +115,40 @@ def running_engine(programs: Path) -> Iterator[tuple[list[str], dict[str, str]]]
                 os.read(ended, 1)
                 os.close(ended)
     finally:
-        for folder in (*Path("/sys/fs/cgroup").glob(name), *Path("/sys/fs/cgroup").glob(f"*/{name}")):
-            for inner in sorted(folder.rglob("*/"), reverse=True):
-                inner.rmdir()
-            folder.rmdir()
+        remove(files)
         for folder in made:
             folder.rmdir()
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether the program that made an engine's folder still runs, or is about to."""
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
+def remove(files: Path) -> None:
+    """Remove what an engine left whose processes are gone: its control groups and its files."""
+    for group in (*Path("/sys/fs/cgroup").glob(files.name), *Path("/sys/fs/cgroup").glob(f"*/{files.name}")):
+        for each in (*sorted(group.rglob("*/"), reverse=True), group):
+            remove_group(each)
+    shutil.rmtree(files)
+
+
+def remove_group(group: Path) -> None:
+    """Remove a control group; the kernel says `busy` for a moment after the end of its last process."""
+    end = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            group.rmdir()
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.05)
 
 
 def links_without(program: str, folder: Path) -> Path:
@@ -125,11 +162,11 @@ def links_without(program: str, folder: Path) -> Path:
     return folder
 
 
-def start(name: str, files: Path, environment: dict[str, str], held: int) -> subprocess.Popen[bytes]:
+def start(files: Path, environment: dict[str, str], held: int) -> subprocess.Popen[bytes]:
     """Start dockerd in namespaces of its own."""
     masks = " && ".join(f"mount -t tmpfs tmpfs {folder}" for folder in _MASKED)
     options = [f"--data-root={files}/data", f"--exec-root={files}/exec", f"--pidfile={files}/pid"]
-    options += [f"--host={environment['DOCKER_HOST']}", f"--cgroup-parent=/{name}"]
+    options += [f"--host={environment['DOCKER_HOST']}", f"--cgroup-parent=/{files.name}"]
     options += ["--exec-opt=native.cgroupdriver=cgroupfs"]
     options += [f"--default-{option.removeprefix('--')}" for option in limits_here() if "nofile" in option]
     script = f'{masks} && ip link set lo up && exec dockerd "$@"'
