@@ -111,9 +111,18 @@ class TestRegistry:
             call(self.engine, "rmi", "--force", reference)
 
 
+def containers_below(engine: Engine, folder: Path) -> list[str]:
+    """Return the containers that have something of a folder mounted."""
+    ids = call(engine, "ps", "--all", "--quiet").split()
+    sources = "--format={{.Name}}{{range .Mounts}} {{.Source}}{{end}}"
+    # A container of somebody else may go away meanwhile: what is said of the others counts.
+    said = call(engine, "container", "inspect", sources, *ids, check=False) if ids else ""
+    return [line.split()[0] for line in said.splitlines() if f" {folder}/" in line]
+
+
 @pytest.fixture(scope="session")
-def registry(engine: Engine) -> Iterator[TestRegistry]:
-    """A registry for the whole test run, which holds a base image."""
+def registry(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestRegistry]:
+    """A registry for the whole test run, which holds a base image. At the end no container of any test is left."""
     unique = secrets.token_hex(4)
     network = f"podbuild-test-{unique}"
     call(engine, "network", "create", network)
@@ -125,6 +134,8 @@ def registry(engine: Engine) -> Iterator[TestRegistry]:
     finally:
         call(engine, "rm", "--force", "--volumes", registry.name, check=False)
         call(engine, "network", "rm", network, check=False)
+        left = containers_below(engine, tmp_path_factory.getbasetemp())
+        assert not left, f"containers of tests were left behind: {left}"
 
 
 @pytest.fixture

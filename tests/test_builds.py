@@ -341,6 +341,13 @@ async def test_rebuild_builds_although_the_image_exists(
             id="P7 memory limit",
         ),
         pytest.param(
+            "RUN perl -e '$x .= \"x\" x 1000000 while 1' || echo went on",
+            {"memory_limit": "160Mi"},
+            OutOfMemory,
+            "memory_limit",
+            id="P7 memory limit, and the step goes on",
+        ),
+        pytest.param(
             "RUN sleep 600", {"timeout_minutes": 0.15}, DeadlineExceeded, "timeout_minutes", id="P10 time limit"
         ),
         pytest.param("RUN echo x", {"target": "nobody"}, BuildFailed, "exit code", id="no such stage"),
