@@ -1,7 +1,6 @@
-"""How builds end before their time: a creator that is cancelled, a follower that leaves, a stop, a deletion."""
+"""How builds end before their time: a follower that leaves, a stop, a deletion."""
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -19,13 +18,10 @@ from podbuild import (
     plan_build,
     submit,
 )
-from podbuild.manifest import Manifest, pod_manifest
 from tests.engine import FROM, Repo, call
 
 pytestmark = pytest.mark.engine
 SLOW = f"FROM {FROM}\nRUN echo begun; sleep 60\n"
-#: Process 1 of a container hears only the signals that it asked for.
-WAIT = "trap 'exit 143' TERM; sleep 60 & wait"
 
 
 @pytest.fixture
@@ -33,16 +29,6 @@ async def host(local_settings: LocalSettings) -> AsyncIterator[LocalHost]:
     """The real engine, with files of this test's own."""
     async with LocalHost(local_settings) as host:
         yield host
-
-
-def waiting_pod(host: LocalHost, folder: Path) -> Manifest:
-    """Return a pod as builds have it, whose two containers wait."""
-    plan = plan_build(parse_repository(f"file://{folder}"), "c" * 40, None, parse_options({}), host.settings)
-    manifest = pod_manifest(plan, host.settings, isolation=host.isolation, secret_name="secret")
-    manifest["metadata"]["name"] = f"build-test-{secrets.token_hex(5)}"
-    for container in manifest["spec"]["containers"]:
-        container["command"] = ["sh", "-c", WAIT]
-    return manifest
 
 
 def containers(host: LocalHost, name: str) -> list[str]:
@@ -71,32 +57,6 @@ async def until_step_runs(build: Build) -> None:
             if isinstance(event, Line) and event.text == "begun":
                 break
     await events.aclose()  # type: ignore[attr-defined]  # an async generator, which has it
-
-
-async def test_a_creator_that_is_cancelled_leaves_nothing(host: LocalHost, tmp_path: Path) -> None:
-    """At whatever moment: no container, no file, and the name is free."""
-    manifest = waiting_pod(host, tmp_path)
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
-    pod = await host.create(manifest, {"key": b"x"})
-    whole = loop.time() - begun
-    await host.delete(pod)
-    cancelled = 0
-
-    for step in range(10):
-        creating = asyncio.create_task(host.create(manifest, {"key": b"x"}))
-        await asyncio.sleep(whole * (step + 0.5) / 10)
-        if creating.done():
-            await host.delete(creating.result())
-            continue
-        cancelled += 1
-        creating.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await creating
-        assert (containers(host, manifest["metadata"]["name"]), files(host)) == ([], []), f"cancelled at step {step}"
-
-    assert cancelled
-    await host.delete(await host.create(manifest, {}))
 
 
 async def test_a_follower_that_leaves_stops_nothing(host: LocalHost, make_repo: Callable[..., Repo]) -> None:
