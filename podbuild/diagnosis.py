@@ -173,6 +173,8 @@ def diagnose(pod: Mapping[str, Any]) -> BuildError | None:
             return PodLost(_ended(name, end["exitCode"]), _AGAIN)
     if never := why_never(pod, math.inf):
         return never
+    if not all(container_state(pod, name) for name in reports):
+        return PodLost("The pod is being deleted, and a container of it is gone already.", _AGAIN)
     problem = next((r.get("problem") for r in reports.values() if "error" in r), None)
     return PodLost(printable(str(problem or "The pod ended without a report."), 500), _AGAIN)
 

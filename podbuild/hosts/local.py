@@ -372,7 +372,7 @@ class LocalHost:
         if status is None:
             return _nothing()
         if self.engine.kind == "podman":
-            return _follow_file(Path(status["logPath"]), status["monitorID"], since)
+            return _follow_file(Path(status["logPath"]), status["processID"], since)
         return self._follow_command(status["containerID"], since)
 
     async def _follow_command(self, target: str, since: str | None) -> AsyncIterator[bytes]:
@@ -466,8 +466,10 @@ async def _nothing() -> AsyncIterator[bytes]:
     yield b""
 
 
-async def _follow_file(path: Path, monitor: int, since: str | None) -> AsyncIterator[bytes]:
-    """Follow a log file in the Container Runtime Interface's format until the process that writes it is gone.
+async def _follow_file(path: Path, process: int, since: str | None) -> AsyncIterator[bytes]:
+    """Follow a log file in the Container Runtime Interface's format until the container's process is gone.
+
+    What podman still had to write then is read by the stream that the caller opens after the container's end.
 
     A record is `TIME STREAM F text`; `P` instead of `F` marks a piece of a line that goes on.
     """
@@ -478,8 +480,8 @@ async def _follow_file(path: Path, monitor: int, since: str | None) -> AsyncIter
     with file:
         records = LogRecords(since)
         while True:
-            # Asked before reading: what was written before the writer's end is then read after it.
-            gone = not _alive(monitor)
+            # Asked before reading: what was written before the process ended is then read after it.
+            gone = not _alive(process)
             while chunk := file.read(_LOG_CHUNK_BYTES):
                 if lines := records.feed(chunk):
                     yield lines
@@ -725,9 +727,9 @@ def _container_status(container: dict[str, Any], ends: Path) -> dict[str, Any]:
         "name": name,
         "containerID": container["Id"],
         "state": shown,
-        # Two facts of this host alone: where podman keeps the log, and which process writes it.
+        # Two facts of this host alone: where podman keeps the log, and the container's first process.
         "logPath": (container["HostConfig"].get("LogConfig") or {}).get("Path", ""),
-        "monitorID": int(state.get("ConmonPid") or 0),
+        "processID": int(state.get("Pid") or 0),
     }
 
 
