@@ -199,7 +199,13 @@ def _annotation(path: str, annotation: str) -> dict[str, Any]:
 
 
 def _resources(cpu: str, memory_request: str, memory_limit: str, storage_limit: str) -> dict[str, Any]:
+    """Return requests and limits. A request is never above its limit, which Kubernetes would refuse."""
     return {
-        "requests": {"cpu": "100m", "memory": memory_request},
+        # Without a request of its own, Kubernetes would set a limit aside on the node as a whole.
+        "requests": {
+            "cpu": min("100m", cpu, key=quantity),
+            "memory": min(memory_request, memory_limit, key=quantity),
+            "ephemeral-storage": min("1Gi", storage_limit, key=quantity),
+        },
         "limits": {"cpu": cpu, "memory": memory_limit, "ephemeral-storage": storage_limit},
     }

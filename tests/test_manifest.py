@@ -106,7 +106,7 @@ def test_the_whole_pod_of_a_plain_plan() -> None:
                         "capabilities": {"drop": ["ALL"]},
                     },
                     "resources": {
-                        "requests": {"cpu": "100m", "memory": "64Mi"},
+                        "requests": {"cpu": "100m", "memory": "64Mi", "ephemeral-storage": "1Gi"},
                         "limits": {"cpu": "1", "memory": "1Gi", "ephemeral-storage": "20Gi"},
                     },
                     "volumeMounts": [
@@ -129,7 +129,7 @@ def test_the_whole_pod_of_a_plain_plan() -> None:
                         "procMount": "Unmasked",
                     },
                     "resources": {
-                        "requests": {"cpu": "100m", "memory": "512Mi"},
+                        "requests": {"cpu": "100m", "memory": "512Mi", "ephemeral-storage": "1Gi"},
                         "limits": {"cpu": "2", "memory": "4Gi", "ephemeral-storage": "20Gi"},
                     },
                     "volumeMounts": [
@@ -455,3 +455,10 @@ def test_the_hosts_deadline_leaves_the_programs_time_to_report(minutes: float) -
     assert type(found["spec.activeDeadlineSeconds"]) is int
     assert 29 < found["spec.activeDeadlineSeconds"] - found[f"{HOW}.deadline_seconds"] <= 30
     assert found[f"{HOW}.deadline_seconds"] > 0
+
+
+def test_a_request_is_never_above_its_limit() -> None:
+    """Small limits lower the requests: Kubernetes refuses a pod that asks for more than it may use."""
+    build = manifest_of(memory_limit="100Mi", storage_limit="500Mi", cpu="50m")["spec"]["containers"][1]
+
+    assert build["resources"]["requests"] == {"cpu": "50m", "memory": "100Mi", "ephemeral-storage": "500Mi"}
