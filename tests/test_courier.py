@@ -4,12 +4,16 @@ import base64
 import hashlib
 import json
 import os
+import shlex
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import courier
+import meeting
 import pytest
 from meeting import Failure, PartnerLost
 
@@ -81,6 +85,24 @@ def test_an_image_in_order_is_taken_over_byte_by_byte(layout: Layout, tmp_path: 
     assert {**config, "config": None} == {**layout.config, "config": None}
     (entry,) = json.loads((tmp_path / "taken" / "index.json").read_text())["manifests"]
     assert json.loads(taken_blob(tmp_path, entry)) == manifest
+
+
+def test_what_was_taken_over_is_a_valid_layout(layout: Layout, tmp_path: Path) -> None:
+    """Each blob has the digest it is named by and the size it is said to have; the index names what is returned."""
+    taken = tmp_path / "taken"
+    returned = courier.take_over(POD, layout.work, taken)
+
+    (entry,) = json.loads((taken / "index.json").read_text())["manifests"]
+    manifest = json.loads(returned)
+    named = [entry, manifest["config"], *manifest["layers"]]
+    assert taken_blob(tmp_path, entry) == returned
+    for descriptor in named:
+        content = taken_blob(tmp_path, descriptor)
+        assert descriptor["digest"] == "sha256:" + hashlib.sha256(content).hexdigest()
+        assert descriptor["size"] == len(content)
+    assert len(list((taken / "blobs" / "sha256").iterdir())) == len(named)
+    assert json.loads((taken / "oci-layout").read_text()) == {"imageLayoutVersion": "1.0.0"}
+    assert (entry["mediaType"], manifest["config"]["mediaType"]) == (MANIFEST, CONFIG)
 
 
 def test_labels_say_where_the_image_comes_from_and_cannot_be_forged(layout: Layout, tmp_path: Path) -> None:
@@ -160,6 +182,52 @@ def link_the_blobs(layout: Layout) -> None:
     elsewhere = layout.work / "elsewhere"
     layout.blobs.rename(elsewhere)
     layout.blobs.symlink_to(elsewhere)
+
+
+def link_the_folder_of_folders(layout: Layout) -> None:
+    elsewhere = layout.work / "elsewhere"
+    layout.blobs.parent.rename(elsewhere)
+    layout.blobs.parent.symlink_to(elsewhere)
+
+
+def link_the_manifest(layout: Layout) -> None:
+    (entry,) = json.loads((layout.image / "index.json").read_text())["manifests"]
+    moved = layout.work / "manifest"
+    layout.path(entry).rename(moved)
+    layout.path(entry).symlink_to(moved)
+
+
+def device_for_a_layer(layout: Layout) -> None:
+    symlinked(layout, layout.path(layout.manifest["layers"][0]), Path("/dev/zero"))
+
+
+def index_with(**changes: Any) -> Callable[[Layout], None]:
+    def change(layout: Layout) -> None:
+        index = json.loads((layout.image / "index.json").read_text())
+        index["manifests"][0] |= changes
+        (layout.image / "index.json").write_text(json.dumps(index))
+
+    return change
+
+
+def nested_index(layout: Layout) -> None:
+    inner = layout.blob((layout.image / "index.json").read_bytes(), "application/vnd.oci.image.index.v1+json")
+    (layout.image / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [inner]}))
+
+
+def docker_config(layout: Layout) -> None:
+    layout.manifest["config"]["mediaType"] = "application/vnd.docker.container.image.v1+json"
+    layout.seal()
+
+
+def huge_index(layout: Layout) -> None:
+    index = json.loads((layout.image / "index.json").read_text())
+    (layout.image / "index.json").write_text(json.dumps({**index, "x": "y" * courier.DOCUMENT_LIMIT}))
+
+
+def huge_manifest(layout: Layout) -> None:
+    layout.manifest["x"] = "y" * courier.DOCUMENT_LIMIT
+    layout.seal()
 
 
 def link_the_layout(layout: Layout) -> None:
@@ -259,6 +327,9 @@ def huge_document(layout: Layout) -> None:
         pytest.param(link_the_index, id="the index is a link"),
         pytest.param(link_the_blobs, id="the folder of blobs is a link"),
         pytest.param(link_the_layout, id="the whole layout is a link"),
+        pytest.param(link_the_folder_of_folders, id="the folder of the folder of blobs is a link"),
+        pytest.param(link_the_manifest, id="the manifest is a link"),
+        pytest.param(device_for_a_layer, id="a layer is a link to a device without an end"),
         pytest.param(pipe_for_a_layer, id="a layer is a pipe"),
         pytest.param(pipe_for_the_index, id="the index is a pipe"),
         pytest.param(folder_for_a_layer, id="a layer is a folder"),
@@ -270,6 +341,21 @@ def huge_document(layout: Layout) -> None:
         pytest.param(two_sizes, id="a layer twice, with two sizes"),
         pytest.param(two_images, id="two images"),
         pytest.param(huge_document, id="a config of more than 4 MiB"),
+        pytest.param(huge_manifest, id="a manifest of more than 4 MiB"),
+        pytest.param(huge_index, id="an index of more than 4 MiB"),
+        pytest.param(nested_index, id="an index of indexes"),
+        pytest.param(
+            index_with(mediaType="application/vnd.docker.distribution.manifest.v2+json"), id="a manifest of Docker's"
+        ),
+        pytest.param(index_with(urls=["http://127.0.0.1/"]), id="a manifest from elsewhere"),
+        pytest.param(index_with(digest="sha256:../../../secret"), id="a manifest whose digest is a path"),
+        pytest.param(index_with(digest="sha256:" + "A" * 64), id="a digest in upper case"),
+        pytest.param(index_with(digest="sha256:" + "0" * 64 + "\n"), id="a digest and a newline"),
+        pytest.param(index_with(size=5 * 2**20), id="a manifest that is said to be larger"),
+        pytest.param(docker_config, id="a config of Docker's"),
+        pytest.param(
+            layer_with(mediaType="application/vnd.docker.image.rootfs.diff.tar.gzip"), id="a layer of Docker's"
+        ),
         pytest.param(layer_with(urls=["http://127.0.0.1/"]), id="a layer from elsewhere"),
         pytest.param(layer_with(urls=[]), id="an empty list of addresses"),
         pytest.param(layer_with(data="eA=="), id="a layer inside its descriptor"),
@@ -346,8 +432,9 @@ def test_an_image_larger_than_the_limit_is_refused(layout: Layout, tmp_path: Pat
 
 def test_a_full_disk_is_no_fault_of_the_image() -> None:
     """ENOSPC while taking over is told apart from a damaged layout."""
-    assert courier.disk_failure(OSError(28, "No space left on device")).report["error"] == "OutOfDisk"
-    assert courier.disk_failure(OSError(5, "Input/output error")).report["error"] == "PodLost"
+    assert meeting.system_failure("courier", OSError(28, "No space left on device")).report["error"] == "OutOfDisk"
+    assert meeting.system_failure("courier", OSError(122, "Quota")).report["error"] == "OutOfDisk"
+    assert meeting.system_failure("courier", OSError(5, "Input/output error")).report["error"] == "PodLost"
 
 
 # --- what build reports -----------------------------------------------------------------------------------
@@ -487,6 +574,10 @@ def credentials(host: str = "git.invalid", path: str = "", password: str = "cana
             "protocol=http\nhost=git.invalid\npath=team/app\n", "https://git.invalid/x", False, id="plain submodule"
         ),
         pytest.param("protocol=http\nhost=git.invalid\npath=team/app\n", "http://git.invalid/x", True, id="plain own"),
+        pytest.param("protocol=https\nhost=git.invalid\npath=team/../other\n", "https:", False, id="a way out"),
+        pytest.param("protocol=https\nhost=git.invalid\npath=team/%2e%2e/other\n", "https:", False, id="encoded"),
+        pytest.param("protocol=https\nhost=git.invalid\npath=team/..%2Fother\n", "https:", False, id="with a slash"),
+        pytest.param("protocol=https\nhost=git.invalid\npath=team/./app\n", "https:", False, id="a dot"),
         pytest.param("protocol=ftp\nhost=git.invalid\npath=team/app\n", "ftp://git.invalid/x", False, id="ftp"),
         pytest.param("host=git.invalid\npath=team/app\n", "https://git.invalid/x", False, id="no protocol"),
         pytest.param("", "https://git.invalid/x", False, id="no question"),
@@ -524,8 +615,112 @@ def test_git_runs_without_prompts_hooks_and_foreign_transports() -> None:
     assert remote["GIT_ALLOW_PROTOCOL"] == "https:http:ssh"
     assert remote["GIT_TERMINAL_PROMPT"] == "0"
     assert pairs["core.hooksPath"] == "/dev/null"
-    assert pairs["credential.helper"].endswith("courier.py credential")
+    assert pairs["credential.helper"].endswith("courier.py credential https://git.invalid/x /podbuild/secret")
+    assert pairs["credential.useHttpPath"] == "true"
     assert "HOSTNAME" not in remote
+
+
+@pytest.mark.parametrize(
+    ("host", "path", "answered"),
+    [
+        pytest.param("git.invalid", "team/app.git", True, id="own"),
+        pytest.param("git.invalid", "team-b/app.git", False, id="another path"),
+        pytest.param("other.invalid", "team/app.git", False, id="another host"),
+    ],
+)
+def test_git_itself_gets_the_login_from_the_program(tmp_path: Path, host: str, path: str, answered: bool) -> None:
+    """Real git asks the real helper, with the path, in a folder whose name a shell would take apart."""
+    secret = tmp_path / "a b'$(c)"
+    secret.mkdir()
+    (secret / "git.json").write_text(json.dumps([credentials(path="team")]))
+    environment = courier.git_environment({"url": "https://git.invalid/team/app"}, secret, tmp_path)
+
+    done = subprocess.run(
+        ["git", "credential", "fill"],
+        input=f"protocol=https\nhost={host}\npath={path}\n\n",
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert ("password=canary" in done.stdout.splitlines()) is answered, done.stderr
+    assert (done.returncode == 0) is answered
+    assert "canary" not in done.stderr
+
+
+@pytest.mark.parametrize("operation", ["store", "erase"])
+def test_a_login_is_neither_stored_nor_forgotten(tmp_path: Path, operation: str) -> None:
+    """git tells its helper what worked and what did not; ours only answers."""
+    (tmp_path / "git.json").write_text(json.dumps([credentials()]))
+    before = (tmp_path / "git.json").read_bytes()
+
+    done = subprocess.run(
+        [sys.executable, courier.__file__, "credential", "https://git.invalid/x", str(tmp_path), operation],
+        input="protocol=https\nhost=git.invalid\npath=x\nusername=robot\npassword=wrong\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "git.json").read_bytes() == before
+
+
+def ssh_options(command: str) -> list[str]:
+    """Return the words that a shell makes of an ssh command."""
+    return shlex.split(command)
+
+
+def test_ssh_gets_the_key_and_the_known_hosts_of_its_server(tmp_path: Path) -> None:
+    """In files that nobody else may read, whatever their folder is called; a host key that is not known is refused."""
+    folder = tmp_path / "a b'$(c)"
+    folder.mkdir()
+    login = {**credentials(host="git.invalid:2222"), "ssh_key": "\ncanary\n\n", "known_hosts": "git.invalid ssh-rsa A"}
+    (folder / "git.json").write_text(json.dumps([credentials(host="git.invalid"), login]))
+
+    words = ssh_options(courier.ssh_command("ssh://git@git.invalid:2222/team/app", folder, folder))
+
+    assert words == [
+        "ssh",
+        "-oBatchMode=yes",
+        "-oConnectTimeout=30",
+        "-i",
+        str(folder / "ssh_key"),
+        "-oIdentitiesOnly=yes",
+        f"-oUserKnownHostsFile={folder / 'known_hosts'}",
+        "-oStrictHostKeyChecking=yes",
+    ]
+    assert (folder / "ssh_key").read_text() == "canary\n"
+    assert stat.S_IMODE((folder / "ssh_key").stat().st_mode) == 0o600
+    assert (folder / "known_hosts").read_text() == "git.invalid ssh-rsa A\n"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("ssh://git@git.invalid/team/app", id="another port"),
+        pytest.param("ssh://git@other.invalid:2222/team/app", id="another host"),
+        pytest.param("ssh://git@git.invalid:2222/team-b/app", id="another path"),
+    ],
+)
+def test_a_key_stays_unwritten_for_every_other_repository(tmp_path: Path, url: str) -> None:
+    """A host without stored host keys is trusted on first use, without a key of ours."""
+    login = {**credentials(host="git.invalid:2222", path="team"), "ssh_key": "canary"}
+    (tmp_path / "git.json").write_text(json.dumps([login]))
+
+    words = ssh_options(courier.ssh_command(url, tmp_path, tmp_path))
+
+    assert words[3:] == ["-oUserKnownHostsFile=/dev/null", "-oStrictHostKeyChecking=accept-new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["git.json"]
+
+
+def test_other_schemes_need_no_ssh(tmp_path: Path) -> None:
+    """Nothing is written, and git keeps its own ssh command."""
+    assert courier.ssh_command("https://git.invalid/x", tmp_path, tmp_path) == ""
+    assert "GIT_SSH_COMMAND" not in courier.git_environment({"url": "https://git.invalid/x"}, tmp_path, tmp_path)
+    assert "GIT_SSH_COMMAND" in courier.git_environment({"url": "ssh://git.invalid/x"}, tmp_path, tmp_path)
 
 
 # --- skopeo -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ namespace, and writes the image to the shared volume. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -13,9 +14,10 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from meeting import (
+    TERMINATION_LOG,
     WORK,
     Failure,
     PartnerLost,
@@ -26,6 +28,7 @@ from meeting import (
     keep_deadline,
     read_pod,
     say,
+    system_failure,
     take_lock,
 )
 
@@ -33,6 +36,7 @@ SOURCE = WORK / "source"
 LAYOUT = WORK / "image"
 CONFIG = Path("/tmp/podbuild")  # noqa: S108 - the container's own tmpfs
 STORAGE = Path("/var/lib/containers")
+CGROUP = Path("/sys/fs/cgroup")
 IMAGE = "localhost/podbuild/image:1"
 CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 _POLL_SECONDS = 0.02
@@ -51,11 +55,19 @@ def main() -> None:
         builder = build(pod, SOURCE)
         hand_over()
     except Failure as failure:
-        announce("result.json", json.dumps(failure.report))
-        finish(failure)
+        leave(failure)
+    except OSError as error:
+        leave(system_failure("build", error))
     result = {"builder": builder, "isolation": pod["isolation"], "seconds": round(time.time() - begun, 2)}
     announce("result.json", json.dumps(result))
     finish(result)
+
+
+def leave(failure: Failure, work: Path = WORK, report_to: Path = TERMINATION_LOG) -> NoReturn:
+    """End with a failure, and leave it to `courier` too, where the disk has room for that."""
+    with contextlib.suppress(OSError):
+        announce("result.json", json.dumps(failure.report), work=work)
+    finish(failure, report_to)
 
 
 def check_isolation(isolation: str, uid_map: str) -> None:
@@ -241,7 +253,7 @@ def registries_conf(plain_http: list[str], mirrors: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(command: list[str], environment: dict[str, str], builder: str) -> None:
+def run(command: list[str], environment: dict[str, str], builder: str, storage: Path = STORAGE) -> None:
     """Run a builder, its output into this container's log. Raises `Failure` with its exit code."""
     killed = out_of_memory_kills()
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, check=False)
@@ -257,7 +269,7 @@ def run(command: list[str], environment: dict[str, str], builder: str) -> None:
     if done.returncode == 0:
         return
     code = done.returncode if done.returncode > 0 else 128 - done.returncode
-    stats = os.statvfs(STORAGE)
+    stats = os.statvfs(storage)
     if stats.f_bavail * stats.f_frsize < 16 * 1024 * 1024:
         raise Failure(
             "OutOfDisk",
@@ -276,11 +288,11 @@ def run(command: list[str], environment: dict[str, str], builder: str) -> None:
     )
 
 
-def out_of_memory_kills() -> int:
+def out_of_memory_kills(cgroup: Path = CGROUP) -> int:
     """Return how many processes of this container the kernel has killed for memory (cgroup v2, else v1)."""
-    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+    for name in ("memory.events", "memory/memory.oom_control"):
         try:
-            values = dict(line.split() for line in Path(path).read_text().splitlines())
+            values = dict(line.split() for line in (cgroup / name).read_text().splitlines())
         except OSError:
             continue
         return int(values.get("oom_kill", 0))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from meeting import (
     WORK,
@@ -30,9 +31,11 @@ from meeting import (
     await_death,
     await_start,
     finish,
+    is_full,
     keep_deadline,
     read_pod,
     say,
+    system_failure,
     take_lock,
 )
 
@@ -70,7 +73,7 @@ def main() -> None:
     except Failure as failure:
         finish(failure)
     except OSError as error:
-        finish(disk_failure(error))
+        finish(system_failure("courier", error))
     finish(
         {
             "commit": pod["commit"],
@@ -80,13 +83,6 @@ def main() -> None:
             "builder": str(built.get("builder", ""))[:20],
         }
     )
-
-
-def disk_failure(error: OSError) -> Failure:
-    """Return what an operating system error means for the build."""
-    if error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return Failure("OutOfDisk", "There is no disk space left.", "Free some, or raise `options.storage_limit`.")
-    return Failure("PodLost", f"courier met an unexpected error: {error.strerror}.", "Run the build again.")
 
 
 def number(value: object) -> float:
@@ -132,12 +128,13 @@ def fetch(pod: dict[str, Any]) -> None:
     say(f"Fetched {commit}")
 
 
-def git_environment(pod: dict[str, Any]) -> dict[str, str]:
+def git_environment(pod: dict[str, Any], secret: Path = SECRET, temporary: Path = TEMPORARY) -> dict[str, str]:
     """Return git's environment: no prompts, no hooks, and credentials only through our helper."""
+    helper = [sys.executable, str(Path(__file__).resolve()), "credential", pod["url"], str(secret)]
     allowed = "https:http:ssh" + (":file" if pod["url"].startswith("file:") else "")
     environment = {
         "PATH": os.environ["PATH"],
-        "HOME": str(TEMPORARY),
+        "HOME": str(temporary),
         "LC_ALL": "C",
         "GIT_TERMINAL_PROMPT": "0",
         "GIT_ALLOW_PROTOCOL": allowed,
@@ -146,7 +143,7 @@ def git_environment(pod: dict[str, Any]) -> dict[str, str]:
     settings = {
         "core.hooksPath": "/dev/null",
         "credential.useHttpPath": "true",
-        "credential.helper": f"!{sys.executable} {Path(__file__).resolve()} credential",
+        "credential.helper": f"!{shlex.join(helper)}",
         "http.followRedirects": "initial",
         "http.lowSpeedLimit": "1",
         "http.lowSpeedTime": "60",
@@ -158,7 +155,7 @@ def git_environment(pod: dict[str, Any]) -> dict[str, str]:
         environment[f"GIT_CONFIG_KEY_{number}"] = key
         environment[f"GIT_CONFIG_VALUE_{number}"] = value
     environment["GIT_CONFIG_COUNT"] = str(len(settings))
-    if ssh := ssh_command(pod["url"]):
+    if ssh := ssh_command(pod["url"], secret, temporary):
         environment["GIT_SSH_COMMAND"] = ssh
     return environment
 
@@ -254,32 +251,35 @@ def answer_git(question: str, url: str, credentials: list[dict[str, str]]) -> st
     asked = dict(line.split("=", 1) for line in question.splitlines() if "=" in line)
     if asked.get("protocol") not in ("https", urlsplit(url).scheme) or asked["protocol"] not in ("https", "http"):
         return ""
-    found = covering(credentials, asked.get("host", ""), asked.get("path", ""))
+    path = asked.get("path", "")
+    if {".", ".."} & set(unquote(path).split("/")):  # a client resolves these: the path is not what it begins with
+        return ""
+    found = covering(credentials, asked.get("host", ""), path)
     if not found or not found["password"]:
         return ""
     return f"username={found['username'] or 'git'}\npassword={found['password']}\n"
 
 
-def ssh_command(url: str) -> str:
+def ssh_command(url: str, secret: Path = SECRET, temporary: Path = TEMPORARY) -> str:
     """Return the ssh command for git, with the key that covers this repository; "" for other schemes."""
     parts = urlsplit(url)
     if parts.scheme != "ssh":
         return ""
     host = parts.netloc.rpartition("@")[2]
-    found = covering(git_credentials(), host, parts.path) or {"ssh_key": "", "known_hosts": ""}
-    options = ["-o BatchMode=yes", "-o ConnectTimeout=30"]
+    found = covering(git_credentials(secret), host, parts.path) or {"ssh_key": "", "known_hosts": ""}
+    options = ["-oBatchMode=yes", "-oConnectTimeout=30"]
     if found["ssh_key"]:
-        key = TEMPORARY / "ssh_key"
+        key = temporary / "ssh_key"
         key.touch(0o600)
         key.write_text(found["ssh_key"].strip() + "\n")
-        options += [f"-i {key}", "-o IdentitiesOnly=yes"]
+        options += ["-i", str(key), "-oIdentitiesOnly=yes"]
     if found["known_hosts"]:
-        hosts = TEMPORARY / "known_hosts"
+        hosts = temporary / "known_hosts"
         hosts.write_text(found["known_hosts"].strip() + "\n")
-        options += [f"-o UserKnownHostsFile={hosts}", "-o StrictHostKeyChecking=yes"]
+        options += [f"-oUserKnownHostsFile={hosts}", "-oStrictHostKeyChecking=yes"]
     else:
-        options += ["-o UserKnownHostsFile=/dev/null", "-o StrictHostKeyChecking=accept-new"]
-    return " ".join(["ssh", *options])
+        options += ["-oUserKnownHostsFile=/dev/null", "-oStrictHostKeyChecking=accept-new"]
+    return shlex.join(["ssh", *options])
 
 
 # --- taking over ------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def take_over(pod: dict[str, Any], work: Path = WORK, taken: Path = TAKEN) -> by
         for layer in layers:
             room -= copy_blob(layout, layer, blobs, room)
     except OSError as error:
-        if error.errno in (28, 122):
+        if is_full(error):
             raise
         raise bad_image("lacks a file, or hides one behind a link") from error
     finally:
@@ -567,7 +567,9 @@ def registry_login(registry: str, secret: Path = SECRET, temporary: Path = TEMPO
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["credential"]:
-        if sys.argv[2:3] == ["get"]:
-            print(answer_git(sys.stdin.read(), read_pod()["url"], git_credentials()), end="")
+        # The arguments that `git_environment` gave it, then git's own.
+        repository, secret, operation = sys.argv[2:]
+        if operation == "get":
+            print(answer_git(sys.stdin.read(), repository, git_credentials(Path(secret))), end="")
     else:
         main()

@@ -7,6 +7,8 @@ holder dies, whatever killed it, so a death is noticed at once. Standard library
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -39,6 +41,18 @@ class PartnerLost(Failure):
 
     def __init__(self, problem: str) -> None:
         super().__init__("PodLost", problem, "Run the build again.", consequence=True)
+
+
+def system_failure(container: str, error: OSError) -> Failure:
+    """Return what an operating system error means for the build."""
+    if is_full(error):
+        return Failure("OutOfDisk", "There is no disk space left.", "Free some, or raise `options.storage_limit`.")
+    return Failure("PodLost", f"{container} met an unexpected error: {error.strerror}.", "Run the build again.")
+
+
+def is_full(error: OSError) -> bool:
+    """Return whether an error says that there is no room on a disk."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def read_pod(folder: Path = POD) -> dict[str, Any]:
@@ -109,9 +123,12 @@ def keep_deadline(seconds: float, started: float, report_to: Path = TERMINATION_
 def finish(outcome: Failure | dict[str, Any], report_to: Path = TERMINATION_LOG) -> NoReturn:
     """Report in the termination message and end the container at once, with everything it still runs."""
     report = outcome.report if isinstance(outcome, Failure) else outcome
-    write_report(report, report_to)
-    if isinstance(outcome, Failure) and not outcome.report.get("consequence"):
-        say(f"{report['error']}: {report['problem']} {report['remedy']}")
+    # On a full disk neither may be possible; the end, and its exit code, always is.
+    with contextlib.suppress(OSError):
+        write_report(report, report_to)
+    with contextlib.suppress(OSError):
+        if isinstance(outcome, Failure) and not outcome.report.get("consequence"):
+            say(f"{report['error']}: {report['problem']} {report['remedy']}")
     os._exit(outcome.exit_code if isinstance(outcome, Failure) else 0)
 
 
