@@ -1,22 +1,18 @@
-"""The two programs of the builder image: what `build` calls, and how both meet, end and report."""
+"""What `build` does with a checkout: which builder it takes, what it calls it with, and what its end means."""
 
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import build
-import meeting
 import pytest
-from meeting import Failure, PartnerLost
+from meeting import Failure
 
-PROGRAMS = Path(__file__).parent.parent / "images" / "builder"
 POD: dict[str, Any] = {
     "builder": "auto",
     "commit": "c" * 40,
@@ -189,13 +185,14 @@ def test_no_path_leads_out_of_the_checkout(tmp_path: Path) -> None:
 
 def test_steps_get_the_limits_of_their_container() -> None:
     """It may not raise any, so podman's own defaults would fail; the bundle is mounted where there is one."""
-    plain, with_bundle = build.containers_conf(ca_bundle=False), build.containers_conf(ca_bundle=True)
+    plain, with_bundle = (tomllib.loads(build.containers_conf(ca_bundle=bundle)) for bundle in (False, True))
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
-    assert f'"nofile={files}:{files}"' in plain
-    assert 'runtime = "runc"' in plain
-    assert "volumes = []" in plain
-    assert f'volumes = ["{build.CA_BUNDLE}:{build.CA_BUNDLE}:ro"]' in with_bundle
+    assert f"nofile={files}:{files}" in plain["containers"]["default_ulimits"]
+    assert plain["containers"]["volumes"] == []
+    assert plain["engine"] == {"runtime": "runc", "cgroup_manager": "cgroupfs", "events_logger": "file"}
+    plain["containers"]["volumes"] = [f"{build.CA_BUNDLE}:{build.CA_BUNDLE}:ro"]
+    assert with_bundle == plain
 
 
 def test_plain_http_is_allowed_only_where_the_host_says_so() -> None:
@@ -234,159 +231,137 @@ def test_proc_is_unmasked_only_where_container_root_is_not_host_root(
     assert raised.value.report["error"] == "PodRejected"
 
 
-# --- meeting --------------------------------------------------------------------------------------------------
+# --- what cannot become an option ---------------------------------------------------------------------------
+
+DASHES = {"build_args": {"A": "--privileged", "B": "-v=/:/host"}, "target": "--privileged", "appendix": "-x"}
 
 
-def program(work: Path, code: str) -> subprocess.Popen[str]:
-    """Start a process that has imported `meeting` and knows the shared folder as `work`."""
-    prelude = "import os, sys, time, pathlib, meeting; work = pathlib.Path(sys.argv[1]);"
-    return subprocess.Popen(
-        [sys.executable, "-c", prelude + code, str(work)],
-        env={**os.environ, "PYTHONPATH": str(PROGRAMS)},
-        stdout=subprocess.PIPE,
+@pytest.mark.parametrize("name", ["-f", "--privileged", "-v=/:/host"])
+def test_no_value_becomes_an_option_of_podman(tmp_path: Path, name: str) -> None:
+    """Values stand behind their own option's `=`, paths are absolute, and the context comes after `--`."""
+    source = make(tmp_path / "source", f"{name}/{name}")
+    context = build.inside(source, name, "subdirectory")
+    pod = {**POD, **DASHES, "dockerfile": name}
+
+    command = build.podman_command(pod, context, build.dockerfile_of(pod, context))
+
+    own = {"--tag", "--format=oci", "--layers", "--network=host", "--file", "--"}
+    values = {"--build-arg=A=--privileged", "--build-arg=B=-v=/:/host", "--target=--privileged"}
+    assert {word for word in command if word.startswith("-")} == own | values
+    assert command[command.index("--file") + 1] == str(context / name)
+    assert command[-2:] == ["--", str(context)]
+
+
+def test_no_value_becomes_an_option_of_repo2docker(tmp_path: Path) -> None:
+    """An appendix that begins with a dash is text, too."""
+    source = make(tmp_path / "source", "-f/")
+    context = build.inside(source, "-f", "subdirectory")
+
+    command = build.repo2docker_command({**POD, **DASHES, "target": ""}, context)
+
+    assert "--build-arg=A=--privileged" in command
+    assert "--appendix=-x" in command
+    assert not {"--privileged", "-v=/:/host", "-x", "-f"} & set(command)
+    assert command[-2:] == ["--", str(context)]
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Containerfile", "named"])
+def test_a_dockerfile_outside_the_checkout_is_refused(tmp_path: Path, name: str) -> None:
+    """A link to a file of the container is no Dockerfile, under whichever name it is found (S11)."""
+    source = make(tmp_path / "source", "sub/")
+    (tmp_path / "outside").write_text("FROM x")
+    (source / "sub" / name).symlink_to("../../outside")
+    pod = {**POD, "dockerfile": "named" if name == "named" else ""}
+
+    with pytest.raises(Failure) as raised:
+        build.dockerfile_of(pod, source / "sub")
+
+    assert raised.value.report["error"] == "InvalidRequest"
+
+
+@pytest.mark.parametrize(
+    ("builder", "files", "takes"),
+    [
+        pytest.param("dockerfile", ["Dockerfile"], False, id="podman never does"),
+        pytest.param("repo2docker", ["requirements.txt"], True, id="repo2docker does"),
+        pytest.param("repo2docker", ["Dockerfile"], False, id="not to a Dockerfile"),
+        pytest.param("repo2docker", ["binder/Dockerfile"], False, id="not to one in binder"),
+        pytest.param("repo2docker", [".binder/Dockerfile"], False, id="not to one in .binder"),
+        pytest.param("repo2docker", ["Dockerfile", "binder/x"], True, id="what binder shadows does not count"),
+        pytest.param("repo2docker", [".binder/Dockerfile", "binder/x"], True, id="binder goes before .binder"),
+    ],
+)
+def test_the_appendix_is_added_by_whoever_can(tmp_path: Path, builder: str, files: list[str], takes: bool) -> None:
+    """Where the builder does not add it, a build of its own does: so it is never lost, and never added twice."""
+    assert build.takes_appendix(builder, make(tmp_path, *files)) is takes
+
+
+# --- what its end means -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "builder", "code", "says"),
+    [
+        pytest.param("exit 7", "dockerfile", 7, "A step of the Dockerfile failed", id="a step"),
+        pytest.param("exit 1", "repo2docker", 1, "repo2docker failed", id="repo2docker"),
+        pytest.param("kill -9 $$", "dockerfile", 137, "exit code 137", id="killed"),
+        pytest.param("kill -15 $$", "dockerfile", 143, "exit code 143", id="stopped"),
+    ],
+)
+def test_a_builders_failure_keeps_its_exit_code(
+    tmp_path: Path, script: str, builder: str, code: int, says: str
+) -> None:
+    """A signal counts as shells count it."""
+    with pytest.raises(Failure, match=says) as raised:
+        build.run(["sh", "-c", script], dict(os.environ), builder, tmp_path)
+
+    report = raised.value.report
+    assert (report["error"], report["exit_code"], report["phase"]) == ("BuildFailed", code, "build")
+
+
+def test_a_builder_that_ends_well_is_no_failure(tmp_path: Path) -> None:
+    """And it reads nothing from the container's own input."""
+    build.run(["sh", "-c", "! read line"], dict(os.environ), "dockerfile", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "kills"),
+    [
+        pytest.param({}, 0, id="no cgroup to be seen"),
+        pytest.param({"memory.events": "low 0\nhigh 0\nmax 9\noom 3\noom_kill 2\noom_group_kill 1\n"}, 2, id="v2"),
+        pytest.param({"memory.events": "low 0\n"}, 0, id="v2 without the field"),
+        pytest.param({"memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n"}, 4, id="v1"),
+        pytest.param({"memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\n"}, 0, id="v1, old kernel"),
+    ],
+)
+def test_the_kernel_counts_what_it_killed_for_memory(tmp_path: Path, files: dict[str, str], kills: int) -> None:
+    """Of either kind of cgroups; what cannot be seen is no kill."""
+    for name, content in files.items():
+        make(tmp_path, name)
+        (tmp_path / name).write_text(content)
+
+    assert build.out_of_memory_kills(tmp_path) == kills
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["with room for the result", "on a full disk"])
+def test_a_failure_reaches_courier_where_that_is_possible(tmp_path: Path, room: bool) -> None:
+    """The report and the exit code are there in any case."""
+    work = tmp_path / ("work" if room else "missing")
+    (tmp_path / "work").mkdir()
+    code = (
+        "import sys, pathlib, build; from meeting import Failure; work, end = map(pathlib.Path, sys.argv[1:]);"
+        "build.leave(Failure('OutOfDisk', 'A.', 'B.', exit_code=5), work, end)"
+    )
+    programs = Path(build.__file__).parent
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(work), str(tmp_path / "end")],
+        env={**os.environ, "PYTHONPATH": str(programs)},
+        capture_output=True,
         text=True,
+        check=False,
     )
 
-
-def output(process: subprocess.Popen[str]) -> str:
-    """Return what a process printed, once it is over."""
-    said, _ = process.communicate(timeout=60)
-    return said.strip()
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
-def test_the_other_ones_death_is_noticed_at_once(tmp_path: Path, number: signal.Signals) -> None:
-    """Whatever kills one process, the other learns of it in well under a second."""
-    partner = program(tmp_path, "meeting.take_lock('build', work); print('here', flush=True); time.sleep(60)")
-    waiting = program(
-        tmp_path,
-        "lock = meeting.await_start('build', work); print('met', flush=True);"
-        "meeting.await_death(lock); print(time.time())",
-    )
-    assert waiting.stdout is not None
-    assert waiting.stdout.readline() == "met\n"
-    time.sleep(0.2)
-    assert waiting.poll() is None
-
-    killed = time.time()
-    partner.send_signal(number)
-    noticed = float(output(waiting))
-
-    output(partner)
-    assert 0 <= noticed - killed < 1
-
-
-def test_a_partner_that_is_late_is_met_all_the_same(tmp_path: Path) -> None:
-    """The order in which a host starts the two does not matter."""
-    waiting = program(tmp_path, "meeting.await_start('build', work, seconds=60); print('met')")
-    time.sleep(0.3)
-    partner = program(tmp_path, "meeting.take_lock('build', work)")
-
-    assert output(waiting) == "met"
-    output(partner)
-
-
-def test_a_partner_that_never_comes_is_a_consequence(tmp_path: Path) -> None:
-    """The report is marked, so that the other container's own end is asked first."""
-    with pytest.raises(PartnerLost, match="did not start within") as raised:
-        meeting.await_start("build", tmp_path, seconds=0.1)
-
-    assert raised.value.report["consequence"] is True
-
-
-def test_nobody_sees_half_of_an_announcement(tmp_path: Path) -> None:
-    """A file is there with all of its content, or not at all."""
-    content = "x" * 5_000_000
-    writer = program(tmp_path, "meeting.announce('result.json', 'x' * 5_000_000, work=work)")
-    seen: set[bool] = set()
-    while writer.poll() is None or not seen:
-        if (tmp_path / "result.json").exists():
-            seen.add((tmp_path / "result.json").read_text() == content)
-
-    output(writer)
-    assert seen == {True}
-    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
-
-
-def test_a_lock_is_not_inherited_by_what_a_program_starts(tmp_path: Path) -> None:
-    """A step that lives on cannot make its dead container look alive."""
-    partner = program(
-        tmp_path,
-        "import subprocess; meeting.take_lock('build', work);"
-        "child = subprocess.Popen(['sleep', '30'], close_fds=False, stdout=subprocess.DEVNULL);"
-        "print(child.pid, flush=True); os._exit(0)",
-    )
-    child = int(output(partner))
-    waiting = program(tmp_path, "meeting.await_death(meeting.await_start('build', work)); print('noticed')")
-
-    try:
-        assert output(waiting) == "noticed"
-        os.kill(child, 0)
-    finally:
-        os.kill(child, signal.SIGKILL)
-
-
-@pytest.mark.parametrize(
-    ("code", "exit_code", "error"),
-    [
-        pytest.param("meeting.keep_deadline(0.2, time.time(), end)", 124, "DeadlineExceeded", id="P10 time is over"),
-        pytest.param(
-            "meeting.keep_deadline(5, time.time() - 60, end)", 124, "DeadlineExceeded", id="it was over before"
-        ),
-        pytest.param(
-            "meeting.keep_deadline(60, time.time(), end); os.kill(os.getpid(), 15)", 143, "BuildStopped", id="SIGTERM"
-        ),
-    ],
-)
-def test_a_program_ends_at_once_and_says_why(tmp_path: Path, code: str, exit_code: int, error: str) -> None:
-    """Also while it blocks on the other one's lock. The report and the log say the same."""
-    holder = program(tmp_path, "meeting.take_lock('build', work); print('here', flush=True); time.sleep(60)")
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "here\n"
-    ended = program(
-        tmp_path,
-        f"end = work / 'end'; lock = meeting.await_start('build', work); {code}; meeting.await_death(lock)",
-    )
-
-    said = output(ended)
-
-    holder.kill()
-    output(holder)
-    assert ended.returncode == exit_code
-    report = json.loads((tmp_path / "end").read_text())
-    assert report["error"] == error
-    assert said == f"{error}: {report['problem']} {report['remedy']}"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param("short", id="short"),
-        pytest.param("x" * 100_000, id="long"),
-        pytest.param("ü" * 100_000, id="not ASCII"),
-        pytest.param("😀" * 100_000, id="beyond the basic plane"),
-        pytest.param("\x00" * 100_000, id="control characters"),
-        pytest.param("\udcff" * 100_000, id="half a surrogate pair"),
-    ],
-)
-def test_a_report_never_exceeds_what_a_kubelet_keeps(tmp_path: Path, text: str) -> None:
-    """It is JSON of at most 4,096 bytes, whatever the texts are, and the error's name is whole."""
-    failure = Failure("BuildFailed", text, text, exit_code=7, phase="build")
-
-    meeting.write_report(failure.report, tmp_path / "end")
-
-    written = (tmp_path / "end").read_bytes()
-    assert len(written) <= 4096
-    report = json.loads(written)
-    assert (report["error"], report["exit_code"], report["phase"]) == ("BuildFailed", 7, "build")
-    assert text.startswith(report["problem"])
-    assert report["problem"]
-
-
-def test_the_pod_is_what_the_host_laid_down(tmp_path: Path) -> None:
-    """Identity and settings in one: what to build, and how."""
-    identity = {"request": {"commit": "c"}, "image": "r.invalid/x:1", "builder_image": "b"}
-    (tmp_path / "identity").write_text(json.dumps(identity))
-    (tmp_path / "settings").write_text(json.dumps({"isolation": "rootless"}))
-
-    assert meeting.read_pod(tmp_path) == {"commit": "c", "isolation": "rootless", "image": "r.invalid/x:1"}
+    assert (done.returncode, done.stdout, done.stderr) == (5, "OutOfDisk: A. B.\n", "")
+    assert json.loads((tmp_path / "end").read_text())["error"] == "OutOfDisk"
+    assert [p.name for p in (tmp_path / "work").iterdir()] == (["result.json"] if room else [])
