@@ -265,6 +265,11 @@ def another_config(layout: Layout) -> None:
     layout.path(layout.manifest["config"]).write_bytes(b"{}")
 
 
+def config_of_the_same_size(layout: Layout) -> None:
+    path = layout.path(layout.manifest["config"])
+    path.write_bytes(path.read_bytes().replace(b"amd64", b"arm64"))
+
+
 def missing_layer(layout: Layout) -> None:
     layout.path(layout.manifest["layers"][0]).unlink()
 
@@ -336,6 +341,7 @@ def huge_document(layout: Layout) -> None:
         pytest.param(other_bytes, id="a layer holds other bytes"),
         pytest.param(more_bytes, id="a layer holds more bytes"),
         pytest.param(another_config, id="the config is another"),
+        pytest.param(config_of_the_same_size, id="the config is another of the same size"),
         pytest.param(missing_layer, id="a layer is missing"),
         pytest.param(no_layout, id="there is no layout"),
         pytest.param(two_sizes, id="a layer twice, with two sizes"),
@@ -344,6 +350,9 @@ def huge_document(layout: Layout) -> None:
         pytest.param(huge_manifest, id="a manifest of more than 4 MiB"),
         pytest.param(huge_index, id="an index of more than 4 MiB"),
         pytest.param(nested_index, id="an index of indexes"),
+        pytest.param(
+            index_with(mediaType="application/vnd.oci.image.index.v1+json"), id="a manifest that is called an index"
+        ),
         pytest.param(
             index_with(mediaType="application/vnd.docker.distribution.manifest.v2+json"), id="a manifest of Docker's"
         ),
@@ -401,6 +410,17 @@ def test_an_image_that_no_honest_build_leaves_is_refused(
     assert raised.value.report["error"] == "BuildFailed"
     assert raised.value.report["phase"] == "push"
     assert "The image that the build left" in raised.value.report["problem"]
+
+
+def test_no_more_is_copied_than_a_layer_is_said_to_be(layout: Layout, tmp_path: Path) -> None:
+    """A layer that has grown, or still grows, does not fill the disk."""
+    with layout.path(layout.manifest["layers"][0]).open("r+b") as layer:
+        layer.truncate(64 * 2**20)
+
+    with pytest.raises(Failure, match="not what its digest says"):
+        take(layout, tmp_path)
+
+    assert sum(p.stat().st_size for p in (tmp_path / "taken" / "blobs" / "sha256").iterdir()) <= 2**20
 
 
 def test_a_hard_link_gives_nothing_but_a_right_digest(layout: Layout, tmp_path: Path) -> None:
