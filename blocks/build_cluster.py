@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Literal
 
 from prefect.blocks.core import Block
 from pydantic import Field
 
-from blocks.credentials import GitCredentials, RegistryCredentials
+from blocks.every_host import EveryHost
 from podbuild.settings import ClusterSettings
 
 
-class BuildCluster(Block):
+class BuildCluster(EveryHost, Block):
     """Builds run as pods in one namespace of a Kubernetes cluster.
 
     One such block is one trust domain: who may use it may join its builds and read their logs.
@@ -35,14 +35,6 @@ class BuildCluster(Block):
         description="A kubeconfig file on the worker; empty: the worker's own service account, or KUBECONFIG.",
     )
     context: str = Field(default="", title="Context", description="The kubeconfig's context; empty: its current one.")
-    registry: str = Field(
-        default="",
-        title="Registry",
-        description="Where images go whose name is not given: a registry, or registry/prefix.",
-    )
-    builder_image: str = Field(
-        default="localhost/podbuild-builder:1", title="Builder image", description="The image that runs the builds."
-    )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
         default="IfNotPresent", title="Image pull policy", description="When nodes pull the builder image."
     )
@@ -60,31 +52,6 @@ class BuildCluster(Block):
         default="",
         title="Seccomp profile",
         description="A profile on the nodes, below the kubelet's seccomp folder; empty: the runtime's default.",
-    )
-    registry_credentials: list[str] = Field(
-        default_factory=list,
-        title="Registry credentials",
-        description="Names of registry-credentials blocks that builds may push with.",
-    )
-    git_credentials: list[str] = Field(
-        default_factory=list,
-        title="Git credentials",
-        description="Names of git-credentials blocks that builds may fetch with.",
-    )
-    plain_http_registries: list[str] = Field(
-        default_factory=list,
-        title="Plain HTTP registries",
-        description="Registries that speak plain HTTP. All others must speak TLS.",
-    )
-    mirrors: dict[str, str] = Field(
-        default_factory=dict,
-        title="Mirrors",
-        description="Where base images are pulled from first: registry in FROM, and the mirror to ask.",
-    )
-    allowed_repositories: list[str] = Field(
-        default_factory=list,
-        title="Allowed repositories",
-        description="Patterns like git.example.org/team/* that a repository must match. Empty: all.",
     )
     ca_config_map: str = Field(
         default="",
@@ -109,23 +76,15 @@ class BuildCluster(Block):
 
         Raises ValueError when a named block does not exist.
         """
-        logins = [cast(RegistryCredentials, await RegistryCredentials.aload(n)) for n in self.registry_credentials]
-        gits = [cast(GitCredentials, await GitCredentials.aload(n)) for n in self.git_credentials]
         return ClusterSettings(
+            **await self.shared_settings(),
             namespace=self.namespace,
             kubeconfig=self.kubeconfig,
             context=self.context,
-            registry=self.registry,
-            builder_image=self.builder_image,
             image_pull_policy=self.image_pull_policy,
             image_pull_secrets=tuple(self.image_pull_secrets),
             isolation=self.isolation,
             seccomp_profile=self.seccomp_profile,
-            registry_credentials=tuple(login.to_settings() for login in logins),
-            git_credentials=tuple(git.to_settings() for git in gits),
-            plain_http_registries=tuple(self.plain_http_registries),
-            mirrors=tuple(self.mirrors.items()),
-            allowed_repositories=tuple(self.allowed_repositories),
             ca_config_map=self.ca_config_map,
             service_account=self.service_account,
             priority_class=self.priority_class,
