@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
@@ -796,3 +798,27 @@ def test_limits_are_those_of_the_pod(engine: str) -> None:
     assert {"--memory=1073741824", "--memory-swap=1073741824"} <= set(arguments["courier"])
     assert {"--memory=4294967296", "--memory-swap=4294967296"} <= set(arguments["build"])
     assert [a for a in arguments["courier"] if a.startswith("--cpus")] == ["--cpus=1"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root may")
+def test_an_ordinary_users_secret_files_are_written_and_closed() -> None:
+    """Without root's rights too the secret files hold what they were given, and nobody may write them (S20)."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o777)
+        host = LocalHost(LocalSettings(state_folder=f"{folder}/state"))
+        host._engine = Engine(program="podman", kind="podman", remapped=True)
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setgid(65534)
+                os.setuid(65534)
+                empty = {"metadata": {"annotations": {}}, "spec": {"volumes": [], "containers": []}}
+                host._lay_out("nonce", empty, {"git.json": b"content"})
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        written = Path(folder) / "state" / "secrets" / "nonce" / "git.json"
+
+        assert written.read_bytes() == b"content"
+        assert written.stat().st_mode & 0o777 == 0o400

@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import anyio
 
+from podbuild.diagnosis import container_state
 from podbuild.errors import HostUnavailable, ImagePullFailed, PodRejected
 from podbuild.hosts import NameExists, Pod
 from podbuild.logs import parse_line
@@ -289,8 +290,9 @@ class LocalHost:
         owned = [secret]
         secret.mkdir(mode=0o700)
         for name, content in files.items():
-            (secret / name).touch(mode=0o400)
-            (secret / name).write_bytes(content)
+            # Through the descriptor that made it: an ordinary user may not open a file of this mode for writing.
+            with os.fdopen(os.open(secret / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "wb") as file:
+                file.write(content)
             owned.append(secret / name)
         for container in spec["containers"]:
             end = folder / "ends" / container["name"]
@@ -407,7 +409,7 @@ class LocalHost:
         for container in ("build", "courier"):
             if container not in ids:
                 continue
-            if "running" in self._state_of(pod, container):
+            if "running" in container_state(pod, container):
                 await self._call("stop", "-t", f"{grace}", ids[container])
             await self._remove_container(ids[container])
         await self._remove_folders(pod["metadata"]["labels"].get(LABEL_NONCE, ""))
@@ -451,11 +453,6 @@ class LocalHost:
     @staticmethod
     def _ids(pod: Pod) -> dict[str, str]:
         return {s["name"]: s["containerID"] for s in pod["status"]["containerStatuses"]}
-
-    @staticmethod
-    def _state_of(pod: Pod, container: str) -> dict[str, Any]:
-        states = (s["state"] for s in pod["status"]["containerStatuses"] if s["name"] == container)
-        return next(states, {})
 
     async def _call(self, *arguments: str, seconds: float = _COMMAND_SECONDS, folder: Path | None = None) -> _Answer:
         return await _run([self.engine.program, *arguments], seconds=seconds, folder=folder)
