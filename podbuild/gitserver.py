@@ -12,6 +12,7 @@ from typing import TypeVar
 import anyio
 import httpx
 
+from podbuild.addresses import origin, usable_url
 from podbuild.errors import AccessDenied, InvalidRequest, SourceUnavailable
 from podbuild.names import Repository, printable
 from podbuild.redaction import Redactor
@@ -126,7 +127,7 @@ class HttpServer:
         self._client = client
         #: Where the repository is, after redirects.
         self._base = inquiry.repository.url
-        if _usable_url(self._base) is None:
+        if usable_url(self._base) is None:
             raise InvalidRequest(f"{inquiry.repository} does not name a host.", "Check the URL.")
         self._greeting: Refs | list[str] | None = None
 
@@ -212,7 +213,7 @@ class HttpServer:
     def _login(self) -> str:
         """Return the Authorization header for where the repository is now; "" where it must not go."""
         found, here, asked = self._inquiry.credentials, httpx.URL(self._base), httpx.URL(self._inquiry.repository.url)
-        if found is None or not found.password or _origin(here) != _origin(asked):
+        if found is None or not found.password or origin(here) != origin(asked):
             return ""
         # A path in a block is written without ".git", and servers redirect to the spelling that has it.
         if not any(found.covers(self._inquiry.repository.host, p) for p in (here.path, here.path.removesuffix(".git"))):
@@ -223,7 +224,7 @@ class HttpServer:
     def _redirected(self, location: str) -> str:
         """Return where the repository is according to a redirect."""
         here = httpx.URL(f"{self._base}{_QUESTION}")
-        target = _usable_url(location, here)
+        target = usable_url(location, here)
         if target is None or (here.scheme == "https" and target.scheme == "http"):
             raise self._inquiry.unavailable("it redirects to where podbuild does not follow, for safety's sake")
         base, found, _ = str(target).partition("?")[0].rpartition("/info/refs")
@@ -240,19 +241,6 @@ class HttpServer:
             f"{self._inquiry.repository} leads to {place}, where there is no repository, or a private one.",
             f"Credentials are not taken along there: pass repo='{place}', with a `git-credentials` block for its host.",
         )
-
-
-def _usable_url(text: str, base: httpx.URL | None = None) -> httpx.URL | None:
-    """Return an address, or None if it is not one of a plain web server."""
-    try:
-        url = base.join(text) if base else httpx.URL(text)
-    except (httpx.InvalidURL, ValueError):
-        return None
-    return url if url.scheme in ("http", "https") and url.host and not url.userinfo else None
-
-
-def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port
 
 
 async def read_up_to(chunks: AsyncIterable[bytes], limit_bytes: int) -> bytes:

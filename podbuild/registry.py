@@ -28,6 +28,7 @@ from urllib.parse import quote
 import anyio
 import httpx
 
+from podbuild.addresses import origin, usable_url
 from podbuild.errors import AccessDenied, InvalidRequest, RegistryUnavailable
 from podbuild.names import ImageName, is_digest, printable
 from podbuild.settings import HostSettings, RegistryCredentials
@@ -117,7 +118,7 @@ class Registry:
     ) -> None:
         if credentials and credentials.host.lower() != host.lower():
             raise ValueError(f"These are credentials for {credentials.host}, not for {host}.")
-        base = _usable_url(f"{_api(host.lower(), plain_http=plain_http)}/")
+        base = usable_url(f"{_api(host.lower(), plain_http=plain_http)}/")
         if base is None or base.path != "/v2/":
             raise InvalidRequest(f"{printable(host)!r} is not the name of a registry.", "Write name or name:port.")
         self._host = host.lower()
@@ -269,7 +270,7 @@ class Registry:
         raise self._denied(question, "status 401 for")
 
     async def _fetch_token(self, challenge: Mapping[str, str], question: _Question) -> _Grant:
-        realm = _usable_url(challenge.get("realm", ""))
+        realm = usable_url(challenge.get("realm", ""))
         if realm is None:
             raise self._unavailable(question, "it names no usable address of its token server")
         server = _shown(realm)
@@ -344,10 +345,10 @@ class Registry:
                 if not response.has_redirect_location:
                     body = b"" if method == "HEAD" else await self._read_body(response, question, limit_bytes)
                     return _Answer(response.status_code, response.headers, body)
-                target = _usable_url(response.headers["Location"], url)
+                target = usable_url(response.headers["Location"], url)
             if target is None or (url.scheme == "https" and target.scheme == "http"):
                 raise self._unavailable(question, f"{_shown(url)} redirects to where podbuild does not follow")
-            if _origin(target) != _origin(url):
+            if origin(target) != origin(url):
                 headers = {k: v for k, v in headers.items() if k != "Authorization"}
             url = target
         raise self._unavailable(question, f"it redirects more than {_REDIRECTS} times")
@@ -497,21 +498,6 @@ def _fits(entry: dict[str, Any], platform: str) -> bool:
 def _media_type(answer: _Answer) -> str:
     text: str = answer.headers.get("Content-Type", "")
     return text.partition(";")[0].strip().lower()
-
-
-def _usable_url(text: str, base: httpx.URL | None = None) -> httpx.URL | None:
-    """Return an address that a server gave us, or None if it is not one of a plain web server."""
-    try:
-        url = base.join(text) if base else httpx.URL(text)
-    except (httpx.InvalidURL, ValueError):
-        return None
-    plain = url.scheme in ("http", "https") and url.host and not url.userinfo
-    # A port that no socket has would come back from below as an error of another kind.
-    return url if plain and (url.port or 0) < 65536 else None
-
-
-def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port
 
 
 def _shown(url: httpx.URL) -> str:

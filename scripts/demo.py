@@ -20,8 +20,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from podbuild.hosts.local import limits_here
 from scripts.images import BASE, TAGS, make, make_base
-from scripts.machine import Problem, ca_bundle, call_engine, container_options, engine, main, run, step
+from scripts.machine import Problem, ca_bundle, call_engine, engine, main, run, step
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / ".demo"
@@ -82,7 +83,7 @@ def start_registry() -> tuple[str, str]:
             if call_engine("network", "inspect", NETWORK, check=False).returncode != 0:
                 call_engine("network", "create", f"--label={LABEL}=network", NETWORK)
             options = ["--detach", f"--name={REGISTRY}", f"--label={LABEL}=registry", f"--network={NETWORK}"]
-            options += [f"--publish={HOST}:{REGISTRY_PORT}:5000", *container_options()]
+            options += [f"--publish={HOST}:{REGISTRY_PORT}:5000", *limits_here()]
             call_engine("run", *options, TAGS["registry"])
     published = call_engine("port", REGISTRY, "5000").stdout.split()[0]
     address = call_engine(
@@ -261,7 +262,7 @@ def show(reference: str) -> None:
     """Run the image and show what it prints."""
     with step("Pulling the image by its digest and running it"):
         call_engine("pull", "--quiet", *insecure(), reference)
-        said = call_engine("run", "--rm", *container_options(), "--network=none", reference).stdout
+        said = call_engine("run", "--rm", *limits_here(), "--network=none", reference).stdout
     print("".join(f"    {line}\n" for line in said.splitlines()), end="")
 
 

@@ -14,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from scripts.machine import CA_BUNDLE, Problem, ca_bundle, call_engine, container_options, engine, main, run, step
+from podbuild.hosts.local import limits_here
+from scripts.machine import CA_BUNDLE, Problem, ca_bundle, call_engine, engine, main, run, step
 
 IMAGES = Path(__file__).resolve().parent.parent / "images"
 PUBLIC_BASE = "docker.io/library/debian:trixie-slim"
@@ -72,7 +73,7 @@ def make(name: str, base: str) -> None:
     )
     if made_from.returncode == 0 and made_from.stdout.strip() == label:
         return
-    options = [f"--label={MADE_FROM}={label}", f"--build-arg=BASE={base}", *container_options()]
+    options = [f"--label={MADE_FROM}={label}", f"--build-arg=BASE={base}", *limits_here()]
     if ca_bundle() and engine().kind == "podman":
         options.append(f"--volume={CA_BUNDLE}:{CA_BUNDLE}:ro")
     with step(f"Building {tag}"):

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from podbuild import HostUnavailable
-from podbuild.hosts.local import Engine, detect_engine, limits_here
+from podbuild.hosts.local import Engine, detect_engine
 
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 _LOCAL_CERTIFICATES = Path("/usr/local/share/ca-certificates")
@@ -67,11 +67,6 @@ def ca_bundle() -> str:
     """Return the machine's certificate bundle if it holds certificates of its own, which containers lack; else ""."""
     own = _LOCAL_CERTIFICATES.is_dir() and any(_LOCAL_CERTIFICATES.rglob("*.crt"))
     return str(CA_BUNDLE) if own and CA_BUNDLE.exists() else ""
-
-
-def container_options() -> list[str]:
-    """Return what `run` and `build` need here: the limits this process may hand on, where it may not raise them."""
-    return limits_here()
 
 
 def main(work: object) -> None:
